@@ -1,0 +1,43 @@
+# make demo, make test: each makes the virtual environment it needs, with Python and a C++ compiler.
+#   PYTHON=python3.12   the interpreter to start from
+#   VENV=folder         the environment; .venv unless given
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+# Here, a build without the compiled kernels is an error and not a warning.
+export LORA_ORTHO_REQUIRE_NATIVE ?= 1
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+
+NATIVE := $(shell find csrc cmake -type f) CMakeLists.txt
+CHECKED := lora_ortho triton_kernels tests examples benchmarks setup.py
+
+.PHONY: demo test lint bench clean
+.DELETE_ON_ERROR:
+
+demo: $(VENV)/demo.stamp
+	$(BIN)/python examples/demo.py
+
+test: lint
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/dev.stamp
+	$(BIN)/ruff check $(wildcard $(CHECKED))
+	$(BIN)/mypy
+
+bench: $(VENV)/dev.stamp
+	$(BIN)/python -m benchmarks
+
+$(VENV)/demo.stamp: pyproject.toml setup.py $(NATIVE) | $(BIN)/python
+	$(BIN)/python -m pip install --progress-bar off -e ".[demo]"
+	@touch $@
+
+$(VENV)/dev.stamp: pyproject.toml setup.py $(NATIVE) | $(BIN)/python
+	$(BIN)/python -m pip install --progress-bar off -e ".[dev,demo]"
+	@touch $@ $(VENV)/demo.stamp
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+clean:
+	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache lora_ortho/_C.py lora_ortho/_C.*.so

@@ -1,0 +1,244 @@
+// The Python extension lora_ortho._C: raw addresses and numbers in, status codes out as exceptions.
+// Tensors, dtypes and devices are the caller's business (lora_ortho/backends/cpu.py).
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <cstdint>
+#include <memory>
+#include <new>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "cpu/kernels.h"
+#include "lora_ortho/lora_ortho.h"
+
+namespace py = pybind11;
+
+namespace {
+
+using Address = std::uintptr_t;
+
+struct FreeAligned {
+    void operator()(void* p) const { ::operator delete(p, std::align_val_t{LORA_ORTHO_ALIGNMENT}); }
+};
+using AlignedBuffer = std::unique_ptr<void, FreeAligned>;
+
+AlignedBuffer allocate(std::size_t bytes) {
+    return AlignedBuffer(::operator new(bytes, std::align_val_t{LORA_ORTHO_ALIGNMENT}));
+}
+
+void require(lora_ortho_status status) {
+    if (status == LORA_ORTHO_OK) return;
+    const char* text = lora_ortho_status_text(status);
+    if (status == LORA_ORTHO_OUT_OF_MEMORY) throw std::bad_alloc();
+    if (status == LORA_ORTHO_INTERNAL_ERROR) throw std::runtime_error(text);
+    throw py::value_error(text);
+}
+
+template <class Enum>
+struct Name {
+    const char* name;
+    Enum value;
+};
+constexpr Name<lora_ortho_method> kMethods[] = {{"orthogonal", LORA_ORTHO_ORTHOGONAL},
+                                                {"dropout", LORA_ORTHO_DROPOUT},
+                                                {"direct", LORA_ORTHO_DIRECT}};
+constexpr Name<lora_ortho_dtype> kDtypes[] = {{"float32", LORA_ORTHO_FLOAT32},
+                                              {"bfloat16", LORA_ORTHO_BFLOAT16},
+                                              {"float16", LORA_ORTHO_FLOAT16},
+                                              {"float64", LORA_ORTHO_FLOAT64}};
+constexpr Name<lora_ortho_isa> kIsas[] = {{"auto", LORA_ORTHO_ISA_AUTO},
+                                          {"baseline", LORA_ORTHO_ISA_BASELINE},
+                                          {"avx2", LORA_ORTHO_ISA_AVX2},
+                                          {"avx512", LORA_ORTHO_ISA_AVX512},
+                                          {"avx512_bf16", LORA_ORTHO_ISA_AVX512_BF16},
+                                          {"amx", LORA_ORTHO_ISA_AMX}};
+
+template <class Enum, std::size_t N>
+Enum parse(const char* what, const std::string& text, const Name<Enum> (&names)[N]) {
+    std::string known;
+    for (const auto& entry : names) {
+        if (text == entry.name) return entry.value;
+        known += known.empty() ? entry.name : std::string(", ") + entry.name;
+    }
+    throw py::value_error(std::string(what) + " is '" + text + "'; it may be one of " + known);
+}
+
+// (address, row stride, column stride); strides in elements.
+lora_ortho_matrix as_matrix(const py::tuple& t, std::int32_t dtype) {
+    return {reinterpret_cast<const void*>(t[0].cast<Address>()), t[1].cast<std::int64_t>(),
+            t[2].cast<std::int64_t>(), dtype};
+}
+
+// (address, row stride, column stride, dtype)
+std::vector<lora_ortho_matrix> as_matrices(const std::vector<py::tuple>& tuples) {
+    std::vector<lora_ortho_matrix> matrices;
+    for (const py::tuple& t : tuples) {
+        matrices.push_back(as_matrix(t, parse("dtype", t[3].cast<std::string>(), kDtypes)));
+    }
+    return matrices;
+}
+
+void* as_pointer(Address address) { return reinterpret_cast<void*>(address); }
+
+// The low 64 bits of any Python int: a negative seed is read as its two's complement.
+std::uint64_t as_seed(const py::int_& seed) {
+    const std::uint64_t value = PyLong_AsUnsignedLongLongMask(seed.ptr());
+    if (PyErr_Occurred()) throw py::error_already_set();
+    return value;
+}
+
+// What every forward and backward call ends with.
+lora_ortho_call as_call(std::int64_t tokens, Address gains, const py::int_& seed,
+                        std::uint32_t stream, std::uint32_t sample, std::int64_t row_offset,
+                        std::int64_t col_offset, std::int32_t threads) {
+    return {LORA_ORTHO_STRUCT_VERSION,
+            stream,
+            sample,
+            threads,
+            tokens,
+            row_offset,
+            col_offset,
+            as_seed(seed),
+            reinterpret_cast<const double*>(gains)};
+}
+
+// The packed factors of one layer. Immutable after construction: calls may run at the same time.
+class Packed {
+public:
+    Packed(const std::string& method, const std::string& dtype, std::int64_t d_in,
+           std::int64_t d_out, const std::vector<std::int64_t>& ranks,
+           const std::vector<std::uint32_t>& thresholds, const std::vector<py::tuple>& lora_A,
+           const std::vector<py::tuple>& lora_B, const std::string& isa)
+        : dtype_(parse("dtype", dtype, kDtypes)) {
+        const std::vector<lora_ortho_matrix> A = as_matrices(lora_A), B = as_matrices(lora_B);
+        lora_ortho_factors factors{};
+        factors.struct_version = LORA_ORTHO_STRUCT_VERSION;
+        factors.method = parse("method", method, kMethods);
+        factors.dtype = dtype_;
+        factors.isa = parse("isa", isa, kIsas);
+        factors.adapters = static_cast<std::int32_t>(ranks.size());
+        factors.d_in = d_in;
+        factors.d_out = d_out;
+        factors.ranks = ranks.data();
+        factors.thresholds = thresholds.data();
+        factors.lora_A = A.data();
+        factors.lora_B = B.data();
+        if (A.size() != ranks.size() || B.size() != ranks.size() ||
+            (factors.method != LORA_ORTHO_DIRECT && thresholds.size() != ranks.size())) {
+            throw py::value_error("ranks, thresholds, lora_A and lora_B differ in length");
+        }
+        const py::gil_scoped_release release;
+        require(lora_ortho_pack_bytes(&factors, &bytes_));
+        buffer_ = allocate(bytes_);
+        require(lora_ortho_pack(&factors, buffer_.get(), bytes_));
+    }
+
+    void forward(const py::tuple& x, const std::optional<py::tuple>& base, Address y, Address s,
+                 std::int64_t tokens, Address gains, const py::int_& seed, std::uint32_t stream,
+                 std::uint32_t sample, std::int64_t row_offset, std::int64_t col_offset,
+                 std::int32_t threads) const {
+        const lora_ortho_call call =
+            as_call(tokens, gains, seed, stream, sample, row_offset, col_offset, threads);
+        const lora_ortho_matrix x_matrix = as_matrix(x, dtype_);
+        const lora_ortho_matrix base_matrix = base ? as_matrix(*base, dtype_) : lora_ortho_matrix{};
+        const py::gil_scoped_release release;
+        require(lora_ortho_forward(buffer_.get(), bytes_, &call, &x_matrix,
+                                   base ? &base_matrix : nullptr, as_pointer(y), as_pointer(s)));
+    }
+
+    void backward(const py::tuple& grad, const py::tuple& x, Address s, Address dx, Address dA,
+                  Address dB, Address dgains, std::int64_t tokens, Address gains,
+                  const py::int_& seed, std::uint32_t stream, std::uint32_t sample,
+                  std::int64_t row_offset, std::int64_t col_offset, std::int32_t threads) const {
+        const lora_ortho_call call =
+            as_call(tokens, gains, seed, stream, sample, row_offset, col_offset, threads);
+        const lora_ortho_matrix grad_matrix = as_matrix(grad, dtype_);
+        const lora_ortho_matrix x_matrix = as_matrix(x, dtype_);
+        const py::gil_scoped_release release;
+        std::size_t needed = 0;
+        require(lora_ortho_backward_bytes(buffer_.get(), bytes_, &call, &needed));
+        const AlignedBuffer workspace = allocate(needed);
+        require(lora_ortho_backward(buffer_.get(), bytes_, &call, &grad_matrix, &x_matrix,
+                                    as_pointer(s), as_pointer(dx), as_pointer(dA), as_pointer(dB),
+                                    static_cast<double*>(as_pointer(dgains)), workspace.get(),
+                                    needed));
+    }
+
+    std::string isa() const {
+        return lora_ortho_isa_name(static_cast<lora_ortho_isa>(header().isa));
+    }
+    // How the expand step works: all K products and a choice, or the owner's product alone.
+    std::string path() const { return header().path == 0 ? "dense" : "owner"; }
+    std::size_t nbytes() const { return bytes_; }
+
+private:
+    const lora_ortho::cpu::Header& header() const {
+        return *static_cast<const lora_ortho::cpu::Header*>(buffer_.get());
+    }
+
+    lora_ortho_dtype dtype_;
+    std::size_t bytes_ = 0;
+    AlignedBuffer buffer_;
+};
+
+std::vector<std::string> isas() {
+    std::vector<std::string> present;
+    for (const auto& entry : kIsas) {
+        if (entry.value != LORA_ORTHO_ISA_AUTO && lora_ortho_has_isa(entry.value)) {
+            present.emplace_back(entry.name);
+        }
+    }
+    return present;
+}
+
+py::tuple thresholds(const std::string& method, const std::vector<double>& p) {
+    std::vector<std::uint32_t> out(p.size());
+    std::vector<double> keep(p.size());
+    require(lora_ortho_thresholds(parse("method", method, kMethods),
+                                  static_cast<std::int32_t>(p.size()), p.data(), out.data(),
+                                  keep.data()));
+    return py::make_tuple(out, keep);
+}
+
+void draws(const py::int_& seed, std::int64_t row0, std::int64_t rows, std::int64_t col0,
+           std::int64_t cols, std::uint32_t stream, std::uint32_t sample, std::uint32_t lane_set,
+           Address out) {
+    const std::uint64_t key = as_seed(seed);
+    const py::gil_scoped_release release;
+    require(lora_ortho_draws(key, row0, rows, col0, cols, stream, sample, lane_set,
+                             static_cast<std::uint16_t*>(as_pointer(out))));
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+    using py::arg;
+    m.doc() = "CPU kernels of lora_ortho. Addresses are ints; nothing here knows of tensors.";
+    m.def("version", &lora_ortho_version);
+    m.def("best_isa", [] { return lora_ortho_isa_name(lora_ortho_best_isa()); });
+    m.def("isas", &isas, "Names of the instruction sets present here, the least first.");
+    m.def("thresholds", &thresholds, arg("method"), arg("p"),
+          "(thresholds, keep probabilities) of dropout rates; MASK_STREAM.md.");
+    m.def("draws", &draws, arg("seed"), arg("row0"), arg("rows"), arg("col0"), arg("cols"),
+          arg("stream"), arg("sample"), arg("lane_set"), arg("out_ptr"),
+          "Writes the rows x cols uint16 draws, row-major, to out_ptr.");
+    py::class_<Packed>(m, "Packed", "The packed factors of one layer.")
+        .def(py::init<const std::string&, const std::string&, std::int64_t, std::int64_t,
+                      const std::vector<std::int64_t>&, const std::vector<std::uint32_t>&,
+                      const std::vector<py::tuple>&, const std::vector<py::tuple>&,
+                      const std::string&>(),
+             arg("method"), arg("dtype"), arg("d_in"), arg("d_out"), arg("ranks"),
+             arg("thresholds"), arg("A"), arg("B"), arg("isa") = "auto")
+        .def("forward", &Packed::forward, arg("x"), arg("base"), arg("y_ptr"), arg("s_ptr"),
+             arg("tokens"), arg("gains_ptr"), arg("seed"), arg("stream"), arg("sample"),
+             arg("row_offset"), arg("col_offset"), arg("threads"))
+        .def("backward", &Packed::backward, arg("grad"), arg("x"), arg("s_ptr"), arg("dx_ptr"),
+             arg("dA_ptr"), arg("dB_ptr"), arg("dgains_ptr"), arg("tokens"), arg("gains_ptr"),
+             arg("seed"), arg("stream"), arg("sample"), arg("row_offset"), arg("col_offset"),
+             arg("threads"))
+        .def_property_readonly("isa", &Packed::isa)
+        .def_property_readonly("path", &Packed::path)
+        .def_property_readonly("nbytes", &Packed::nbytes);
+}

@@ -1,0 +1,332 @@
+// The C interface: checks every argument, lays out the packed buffer's header, calls the kernels.
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <new>
+
+#include "cpu/checks.h"
+#include "cpu/isa.h"
+#include "cpu/kernels.h"
+#include "lora_ortho/lora_ortho.h"
+#include "lora_ortho/mask_stream.h"
+
+namespace lora_ortho::cpu {
+namespace {
+
+// Runs `body` and turns what it throws into a status.
+template <class Body>
+Status guarded(Body&& body) noexcept {
+    try {
+        return body();
+    } catch (const std::bad_alloc&) {
+        return LORA_ORTHO_OUT_OF_MEMORY;
+    } catch (...) {
+        return LORA_ORTHO_INTERNAL_ERROR;
+    }
+}
+
+// ---- packed factors
+
+Status check_thresholds(const lora_ortho_factors& f) {
+    if (f.method == LORA_ORTHO_DIRECT) return LORA_ORTHO_OK;
+    LORA_ORTHO_CHECK(check_pointer(f.thresholds, alignof(std::uint32_t)));
+    std::uint32_t below = 0;
+    for (std::int32_t j = 0; j < f.adapters; ++j) {
+        const std::uint32_t threshold = f.thresholds[j];
+        if (threshold <= below || threshold > LORA_ORTHO_DRAW_LIMIT)
+            return LORA_ORTHO_BAD_THRESHOLD;
+        if (f.method == LORA_ORTHO_ORTHOGONAL) below = threshold;
+    }
+    return LORA_ORTHO_OK;
+}
+
+// Everything but the matrices.
+Status check_factors(const lora_ortho_factors* factors) {
+    if (!factors) return LORA_ORTHO_NULL_POINTER;
+    const lora_ortho_factors& f = *factors;
+    if (f.struct_version != LORA_ORTHO_STRUCT_VERSION) return LORA_ORTHO_BAD_VERSION;
+    if (!is_method(f.method)) return LORA_ORTHO_BAD_METHOD;
+    if (dtype_bytes(f.dtype) == 0) return LORA_ORTHO_BAD_DTYPE;
+    if (!find_kernels(f.isa)) return LORA_ORTHO_UNSUPPORTED_ISA;
+    if (!is_adapters(f.adapters)) return LORA_ORTHO_BAD_ADAPTERS;
+    if (f.d_in < 1 || f.d_out < 1 || f.d_out > LORA_ORTHO_COL_LIMIT) return LORA_ORTHO_BAD_SIZE;
+    LORA_ORTHO_CHECK(check_pointer(f.ranks, alignof(std::int64_t)));
+    std::int64_t most = 0;
+    for (std::int32_t j = 0; j < f.adapters; ++j) {
+        if (f.ranks[j] < 1) return LORA_ORTHO_BAD_RANK;
+        if (f.ranks[j] > kMaxRank) return LORA_ORTHO_BAD_SIZE;
+        most = std::max(most, f.ranks[j]);
+    }
+    const std::int64_t padded_rank_sum = f.adapters * (most + kMaxPadding);
+    // 2 * float64: room for a second copy in another layout.
+    if (!fits(padded_rank_sum, f.d_in, 2 * sizeof(double)) ||
+        !fits(padded_rank_sum, f.d_out, 2 * sizeof(double))) {
+        return LORA_ORTHO_BAD_SIZE;
+    }
+    return check_thresholds(f);
+}
+
+Status check_factor_matrices(const lora_ortho_factors& f) {
+    if (!f.lora_A || !f.lora_B) return LORA_ORTHO_NULL_POINTER;
+    for (std::int32_t j = 0; j < f.adapters; ++j) {
+        LORA_ORTHO_CHECK(check_matrix(f.lora_A[j], f.ranks[j], f.d_in));
+        LORA_ORTHO_CHECK(check_matrix(f.lora_B[j], f.d_out, f.ranks[j]));
+    }
+    return LORA_ORTHO_OK;
+}
+
+// Offsets of the arrays behind the header.
+void lay_out(Header& header) {
+    const std::size_t k = static_cast<std::size_t>(header.adapters);
+    header.ranks = align_up(sizeof(Header));
+    header.rank_begin = header.ranks + k * sizeof(std::int64_t);
+    header.thresholds = header.rank_begin + (k + 1) * sizeof(std::int64_t);
+    header.arrays_end = align_up(header.thresholds + k * sizeof(std::uint32_t));
+}
+
+// The whole header of checked factors.
+Header plan(const lora_ortho_factors& f) {
+    Header header{};
+    lora_ortho_isa isa = LORA_ORTHO_ISA_AUTO;
+    const Kernels* kernels = find_kernels(f.isa, &isa);
+    header.magic = Header::kMagic;
+    header.method = f.method;
+    header.dtype = f.dtype;
+    header.isa = isa;
+    header.adapters = f.adapters;
+    header.d_in = f.d_in;
+    header.d_out = f.d_out;
+    for (std::int32_t j = 0; j < f.adapters; ++j) header.rank_sum += f.ranks[j];
+    lay_out(header);
+    kernels->plan(header, f.ranks);
+    return header;
+}
+
+void write_header(const lora_ortho_factors& f, const Header& header, void* packed) {
+    std::memcpy(packed, &header, sizeof header);
+    auto* ranks = array_at<std::int64_t>(packed, header.ranks);
+    auto* rank_begin = array_at<std::int64_t>(packed, header.rank_begin);
+    auto* thresholds = array_at<std::uint32_t>(packed, header.thresholds);
+    rank_begin[0] = 0;
+    for (std::int32_t j = 0; j < f.adapters; ++j) {
+        ranks[j] = f.ranks[j];
+        rank_begin[j + 1] = rank_begin[j] + f.ranks[j];
+        thresholds[j] = f.method == LORA_ORTHO_DIRECT ? LORA_ORTHO_DRAW_LIMIT : f.thresholds[j];
+    }
+}
+
+// The header at the start of `packed`, and the kernels that it was packed for.
+Status open_packed(const void* packed, std::size_t bytes, const Header*& header,
+                   const Kernels*& kernels) {
+    LORA_ORTHO_CHECK(check_pointer(packed, LORA_ORTHO_ALIGNMENT));
+    if (bytes < sizeof(Header)) return LORA_ORTHO_BUFFER_TOO_SMALL;
+    const auto* h = static_cast<const Header*>(packed);
+    if (h->magic != Header::kMagic || !is_method(h->method) || dtype_bytes(h->dtype) == 0 ||
+        h->isa <= LORA_ORTHO_ISA_AUTO || h->isa > LORA_ORTHO_ISA_AMX || !is_adapters(h->adapters) ||
+        h->d_in < 1 || h->d_out < 1 || h->rank_sum < h->adapters) {
+        return LORA_ORTHO_BAD_PACKED;
+    }
+    Header expected{};
+    expected.adapters = h->adapters;
+    lay_out(expected);
+    if (h->ranks != expected.ranks || h->rank_begin != expected.rank_begin ||
+        h->thresholds != expected.thresholds || h->arrays_end != expected.arrays_end ||
+        h->bytes < h->arrays_end) {
+        return LORA_ORTHO_BAD_PACKED;
+    }
+    if (bytes < h->bytes) return LORA_ORTHO_BUFFER_TOO_SMALL;
+    kernels = find_kernels(h->isa);
+    if (!kernels) return LORA_ORTHO_UNSUPPORTED_ISA;
+    header = h;
+    return LORA_ORTHO_OK;
+}
+
+// ---- calls
+
+Status check_call(const Header& header, const lora_ortho_call* call) {
+    if (!call) return LORA_ORTHO_NULL_POINTER;
+    const lora_ortho_call& c = *call;
+    if (c.struct_version != LORA_ORTHO_STRUCT_VERSION) return LORA_ORTHO_BAD_VERSION;
+    if (c.tokens < 0 || c.threads < 0) return LORA_ORTHO_BAD_SIZE;
+    if (c.sample >= LORA_ORTHO_SAMPLE_LIMIT || c.row_offset < 0 || c.col_offset < 0 ||
+        c.row_offset > LORA_ORTHO_ROW_LIMIT || c.tokens > LORA_ORTHO_ROW_LIMIT - c.row_offset ||
+        c.col_offset > LORA_ORTHO_COL_LIMIT - header.d_out) {
+        return LORA_ORTHO_BAD_COORDINATE;
+    }
+    if (!fits(c.tokens, header.d_in, sizeof(double)) ||
+        !fits(c.tokens, header.d_out, sizeof(double)) ||
+        !fits(c.tokens, header.padded_rank_sum, 2 * sizeof(double))) {
+        return LORA_ORTHO_BAD_SIZE;
+    }
+    LORA_ORTHO_CHECK(check_pointer(c.gains, alignof(double)));
+    for (std::int32_t j = 0; j < header.adapters; ++j) {
+        if (!std::isfinite(c.gains[j])) return LORA_ORTHO_BAD_GAIN;
+    }
+    return LORA_ORTHO_OK;
+}
+
+// A (tokens, cols) matrix in the dtype of the factors.
+Status check_operand(const Header& header, const lora_ortho_call& call,
+                     const lora_ortho_matrix* matrix, std::int64_t cols) {
+    if (!matrix) return LORA_ORTHO_NULL_POINTER;
+    if (matrix->dtype != header.dtype) return LORA_ORTHO_BAD_DTYPE;
+    return call.tokens == 0 ? LORA_ORTHO_OK : check_matrix(*matrix, call.tokens, cols);
+}
+
+std::size_t accumulator_bytes(const Header& header) {
+    return header.dtype == LORA_ORTHO_FLOAT64 ? sizeof(double) : sizeof(float);
+}
+
+// Gradients of no tokens at all.
+void zero_gradients(const Header& header, void* dA, void* dB, double* dgains) {
+    const std::size_t size = accumulator_bytes(header) * static_cast<std::size_t>(header.rank_sum);
+    if (dA) std::memset(dA, 0, size * static_cast<std::size_t>(header.d_in));
+    if (dB) std::memset(dB, 0, size * static_cast<std::size_t>(header.d_out));
+    for (std::int32_t j = 0; dgains && j < header.adapters; ++j) dgains[j] = 0.0;
+}
+
+}  // namespace
+}  // namespace lora_ortho::cpu
+
+using namespace lora_ortho::cpu;
+
+extern "C" {
+
+const char* lora_ortho_status_text(lora_ortho_status status) {
+    switch (status) {
+        case LORA_ORTHO_OK: return "ok";
+        case LORA_ORTHO_NULL_POINTER: return "a required pointer is null";
+        case LORA_ORTHO_BAD_VERSION: return "struct_version is not that of this library";
+        case LORA_ORTHO_BAD_METHOD: return "method is not orthogonal, dropout or direct";
+        case LORA_ORTHO_BAD_DTYPE:
+            return "dtype is not float32, bfloat16, float16 or float64, or not that of the factors";
+        case LORA_ORTHO_BAD_ADAPTERS: return "the number of adapters is not in 1 .. 255";
+        case LORA_ORTHO_BAD_RANK: return "a rank is not positive";
+        case LORA_ORTHO_BAD_SIZE:
+            return "a size is negative, zero where it may not be, or too large to address";
+        case LORA_ORTHO_BAD_COORDINATE:
+            return "rows must lie below 2^32, columns below 2^35, sample below 2^24, "
+                   "lane_set below 256";
+        case LORA_ORTHO_BAD_THRESHOLD:
+            return "a threshold is not in 1 .. 65536 or does not exceed the one before: "
+                   "a keep probability is too small for 16-bit draws";
+        case LORA_ORTHO_BAD_RATE:
+            return "a dropout rate is not in [0, 1), or the keep probabilities sum to more than 1";
+        case LORA_ORTHO_BAD_GAIN: return "a gain is not finite";
+        case LORA_ORTHO_MISALIGNED: return "a pointer is not aligned as its type needs";
+        case LORA_ORTHO_BUFFER_TOO_SMALL: return "packed factors or workspace are too small";
+        case LORA_ORTHO_BAD_PACKED:
+            return "the buffer does not hold factors packed by this library";
+        case LORA_ORTHO_UNSUPPORTED_ISA: return "this processor or build lacks the instruction set";
+        case LORA_ORTHO_OUT_OF_MEMORY: return "out of memory";
+        case LORA_ORTHO_INTERNAL_ERROR: return "internal error";
+    }
+    return "not a lora_ortho_status";
+}
+
+const char* lora_ortho_version(void) { return LORA_ORTHO_VERSION; }
+
+lora_ortho_isa lora_ortho_best_isa(void) {
+    lora_ortho_isa best = LORA_ORTHO_ISA_AUTO;
+    find_kernels(LORA_ORTHO_ISA_AUTO, &best);
+    return best;
+}
+
+int lora_ortho_has_isa(lora_ortho_isa isa) { return find_kernels(isa) != nullptr; }
+
+const char* lora_ortho_isa_name(lora_ortho_isa isa) {
+    switch (isa) {
+        case LORA_ORTHO_ISA_AUTO: return "auto";
+        case LORA_ORTHO_ISA_BASELINE: return "baseline";
+        case LORA_ORTHO_ISA_AVX2: return "avx2";
+        case LORA_ORTHO_ISA_AVX512: return "avx512";
+        case LORA_ORTHO_ISA_AVX512_BF16: return "avx512_bf16";
+        case LORA_ORTHO_ISA_AMX: return "amx";
+    }
+    return "not a lora_ortho_isa";
+}
+
+lora_ortho_status lora_ortho_pack_bytes(const lora_ortho_factors* factors, size_t* bytes) {
+    return guarded([&]() -> Status {
+        LORA_ORTHO_CHECK(check_factors(factors));
+        LORA_ORTHO_CHECK(check_pointer(bytes, alignof(std::size_t)));
+        *bytes = plan(*factors).bytes;
+        return LORA_ORTHO_OK;
+    });
+}
+
+lora_ortho_status lora_ortho_pack(const lora_ortho_factors* factors, void* packed, size_t bytes) {
+    return guarded([&]() -> Status {
+        LORA_ORTHO_CHECK(check_factors(factors));
+        LORA_ORTHO_CHECK(check_factor_matrices(*factors));
+        LORA_ORTHO_CHECK(check_pointer(packed, LORA_ORTHO_ALIGNMENT));
+        const Header header = plan(*factors);
+        if (bytes < header.bytes) return LORA_ORTHO_BUFFER_TOO_SMALL;
+        write_header(*factors, header, packed);
+        find_kernels(header.isa)->pack(*factors, packed);
+        return LORA_ORTHO_OK;
+    });
+}
+
+lora_ortho_status lora_ortho_forward(const void* packed, size_t packed_bytes,
+                                     const lora_ortho_call* call, const lora_ortho_matrix* x,
+                                     const lora_ortho_matrix* base, void* y, void* s) {
+    return guarded([&]() -> Status {
+        const Header* header;
+        const Kernels* kernels;
+        LORA_ORTHO_CHECK(open_packed(packed, packed_bytes, header, kernels));
+        LORA_ORTHO_CHECK(check_call(*header, call));
+        LORA_ORTHO_CHECK(check_operand(*header, *call, x, header->d_in));
+        if (base) LORA_ORTHO_CHECK(check_operand(*header, *call, base, header->d_out));
+        if (call->tokens == 0) return LORA_ORTHO_OK;
+        LORA_ORTHO_CHECK(check_pointer(y, dtype_bytes(header->dtype)));
+        LORA_ORTHO_CHECK(check_pointer(s, dtype_bytes(header->dtype)));
+        kernels->forward(packed, *call, *x, base, y, s);
+        return LORA_ORTHO_OK;
+    });
+}
+
+lora_ortho_status lora_ortho_backward_bytes(const void* packed, size_t packed_bytes,
+                                            const lora_ortho_call* call, size_t* bytes) {
+    return guarded([&]() -> Status {
+        const Header* header;
+        const Kernels* kernels;
+        LORA_ORTHO_CHECK(open_packed(packed, packed_bytes, header, kernels));
+        LORA_ORTHO_CHECK(check_call(*header, call));
+        LORA_ORTHO_CHECK(check_pointer(bytes, alignof(std::size_t)));
+        *bytes = call->tokens == 0 ? 0 : kernels->backward_bytes(*header, *call);
+        return LORA_ORTHO_OK;
+    });
+}
+
+lora_ortho_status lora_ortho_backward(const void* packed, size_t packed_bytes,
+                                      const lora_ortho_call* call, const lora_ortho_matrix* grad,
+                                      const lora_ortho_matrix* x, const void* s, void* dx, void* dA,
+                                      void* dB, double* dgains, void* workspace,
+                                      size_t workspace_bytes) {
+    return guarded([&]() -> Status {
+        const Header* header;
+        const Kernels* kernels;
+        LORA_ORTHO_CHECK(open_packed(packed, packed_bytes, header, kernels));
+        LORA_ORTHO_CHECK(check_call(*header, call));
+        LORA_ORTHO_CHECK(check_operand(*header, *call, grad, header->d_out));
+        LORA_ORTHO_CHECK(check_operand(*header, *call, x, header->d_in));
+        const std::size_t size = accumulator_bytes(*header);
+        if (!is_aligned(dx, dtype_bytes(header->dtype)) || !is_aligned(dA, size) ||
+            !is_aligned(dB, size) || !is_aligned(dgains, alignof(double))) {
+            return LORA_ORTHO_MISALIGNED;
+        }
+        if (call->tokens == 0) {
+            zero_gradients(*header, dA, dB, dgains);
+            return LORA_ORTHO_OK;
+        }
+        LORA_ORTHO_CHECK(check_pointer(s, dtype_bytes(header->dtype)));
+        const std::size_t needed = kernels->backward_bytes(*header, *call);
+        if (needed > 0) LORA_ORTHO_CHECK(check_pointer(workspace, LORA_ORTHO_ALIGNMENT));
+        if (workspace_bytes < needed) return LORA_ORTHO_BUFFER_TOO_SMALL;
+        kernels->backward(packed, *call, *grad, *x, s, dx, dA, dB, dgains, workspace);
+        return LORA_ORTHO_OK;
+    });
+}
+
+}  // extern "C"

@@ -1,0 +1,171 @@
+// Backward of the float kernels: reduce, then the gradients of gains, x and A from ds.
+#pragma once
+
+#include "cpu/forward.h"
+#include "cpu/reduce.h"
+
+namespace lora_ortho::cpu::LORA_ORTHO_ISA {
+
+// Rows whose share of the gradient of the gains is added up together: the order of the sum must not
+// depend on the team.
+constexpr std::int64_t kGainRows = 64;
+// Rows of x that one step of dA holds.
+constexpr std::int64_t kGradientRows = 128;
+
+struct BackwardSizes {
+    std::size_t ds, dgains, member;
+    ReduceConfig reduce;
+    int threads;
+    std::size_t total() const {
+        return ds + dgains + member * static_cast<std::size_t>(threads);
+    }
+};
+
+template <class C>
+BackwardSizes backward_sizes(const Header& h, const lora_ortho_call& call) {
+    auto align = [](std::size_t n) { return (n + 63) & ~std::size_t{63}; };
+    const int threads = team_size(call.threads);
+    const ReduceConfig config = reduce_config(h, sizeof(C), threads);
+    const std::size_t reduce = reduce_scratch<C>(h, config.columns);
+    const std::size_t rest = sizeof(ExpandScratch<C>) + kGradientRows * kColumnPad * sizeof(C);
+    return {align(static_cast<std::size_t>(call.tokens * h.padded_rank_sum) * sizeof(C)),
+            align(static_cast<std::size_t>(ceil_div(call.tokens, kGainRows) * h.adapters) * 8),
+            align(reduce > rest ? reduce : rest), config, threads};
+}
+
+LORA_ORTHO_INLINE std::size_t backward_float_bytes(const Header& h, const lora_ortho_call& call) {
+    return (h.dtype == LORA_ORTHO_FLOAT64 ? backward_sizes<double>(h, call)
+                                          : backward_sizes<float>(h, call))
+        .total();
+}
+
+// For rows of one chunk: dgains_j += ds_j . s_j, then ds becomes (rank_sum) wide and scaled by the
+// gains, in place, its row pitch kept.
+template <class IO, class C>
+LORA_ORTHO_INLINE void finish_ds(const Layout& l, const double* gains, const IO* s,
+                                 std::int64_t row0, std::int64_t row1, C* ds, double* sums) {
+    for (int j = 0; j < l.h.adapters; ++j) sums[j] = 0;
+    for (std::int64_t m = row0; m < row1; ++m) {
+        const IO* from = s + m * l.h.rank_sum;
+        C* row = ds + m * l.h.padded_rank_sum;
+        C* to = row;
+        for (int j = 0; j < l.h.adapters; ++j) {
+            C dot = 0;
+            for (std::int64_t k = 0; k < l.ranks[j]; ++k) {
+                const C d = row[j * l.padded + k];
+                dot += d * to_compute(*from++);
+                *to++ = static_cast<C>(gains[j]) * d;
+            }
+            sums[j] += static_cast<double>(dot);
+        }
+    }
+}
+
+// dx = ds A over rows [row0, row1).
+template <class IO, class C>
+void write_dx(const Layout& l, const C* ds, std::int64_t row0, std::int64_t row1, IO* dx,
+              ExpandScratch<C>& t) {
+    const std::ptrdiff_t panel = l.h.rank_sum * kPanel;
+    for (std::int64_t n = 0; n < l.h.d_in; n += kColumnBlock) {
+        const int cols = static_cast<int>(l.h.d_in - n < kColumnBlock ? l.h.d_in - n : kColumnBlock);
+        for (std::int64_t m = row0; m < row1; m += kRowBlock) {
+            const int rows = static_cast<int>(row1 - m < kRowBlock ? row1 - m : kRowBlock);
+            const Products<C> all{ds + m * l.h.padded_rank_sum, l.h.padded_rank_sum,
+                                  l.section<C>(3) + n / kPanel * panel, panel, l.h.rank_sum};
+            expand_products<C, Combine::kStore>(all, 0, rows, cols, t);
+            finish_block<IO, C>(t.sums[0], kColumnBlock, nullptr, m, rows, n, cols, l.h.d_in, dx);
+        }
+    }
+}
+
+// out[i][n] (+)= acc[i][n], columns beyond `cols` dropped.
+template <class C, int MR, int NV>
+LORA_ORTHO_INLINE void add_tile(const Vec<C> (&acc)[MR][NV], bool add, C* out, std::ptrdiff_t pitch,
+                                std::int64_t cols) {
+#pragma GCC unroll 16
+    for (int i = 0; i < MR; ++i)
+#pragma GCC unroll 16
+        for (int v = 0; v < NV; ++v) {
+            C* to = out + i * pitch + v * kLanes<C>;
+            if ((v + 1) * kLanes<C> <= cols) {
+                store(to, add ? load(to) + acc[i][v] : acc[i][v]);
+            } else {
+                for (int lane = 0; v * kLanes<C> + lane < cols; ++lane)
+                    to[lane] = (add ? to[lane] : C{0}) + acc[i][v][lane];
+            }
+        }
+}
+
+// dA (rank_sum, d_in) = ds^T x over columns [col0, col0 + cols), cols <= kColumnPad.
+template <class IO, class C>
+void write_dA(const Layout& l, const C* ds, View<IO> x, std::int64_t tokens, std::int64_t col0,
+              std::int64_t cols, C* dA, C* block) {
+    constexpr int NP = Tile<C>::panels, NV = NP * kPanelVectors<C>;
+    if (tokens == 0)
+        for (std::int64_t r = 0; r < l.h.rank_sum; ++r)
+            for (std::int64_t n = 0; n < cols; ++n) dA[r * l.h.d_in + col0 + n] = 0;
+    for (std::int64_t m = 0; m < tokens; m += kGradientRows) {
+        const std::int64_t rows = tokens - m < kGradientRows ? tokens - m : kGradientRows;
+        load_block(x, m, rows, col0, cols, kColumnPad, block, kColumnPad);
+        for (std::int64_t r = 0; r < l.h.rank_sum; r += kRowBlock) {
+            const std::int64_t left = l.h.rank_sum - r;
+            for_row_tiles<C>(static_cast<int>(left < kRowBlock ? left : kRowBlock),
+                             [&](auto mr, int i) __attribute__((always_inline)) {
+                constexpr int MR = decltype(mr)::value;
+                for (int n = 0; n < cols; n += NP * kPanel) {
+                    Vec<C> acc[MR][NV] = {};
+                    multiply<C, MR, NP>(ds + m * l.h.padded_rank_sum + r + i, 1,
+                                        l.h.padded_rank_sum, block + n, kPanel, kColumnPad, rows,
+                                        acc);
+                    add_tile<C, MR, NV>(acc, m > 0, dA + (r + i) * l.h.d_in + col0 + n, l.h.d_in,
+                                        cols - n);
+                }
+            });
+        }
+    }
+}
+
+template <class IO>
+void backward_float(const void* packed, const lora_ortho_call& call, const lora_ortho_matrix& grad,
+                    const lora_ortho_matrix& x, const void* s, void* dx, void* dA, void* dB,
+                    double* dgains, void* workspace) {
+    using C = typename ComputeOf<IO>::type;
+    const Layout l(packed);
+    const BackwardSizes sizes = backward_sizes<C>(l.h, call);
+    char* at = static_cast<char*>(workspace);
+    C* ds = reinterpret_cast<C*>(at);
+    double* sums = reinterpret_cast<double*>(at + sizes.ds);
+    char* members = at + sizes.ds + sizes.dgains;
+    const IO* s_in = static_cast<const IO*>(s);
+    const std::int64_t chunks = ceil_div(call.tokens, kGainRows);
+    const Draw draw{call, l};
+    run_team(sizes.threads, [&](const Team& team) {
+        char* own = members + sizes.member * static_cast<std::size_t>(team.id);
+        reduce<IO, C>(draw, sizes.reduce, view_of<IO>(grad), s_in, ds, static_cast<C*>(dB), team,
+                      *reinterpret_cast<ReduceScratch<C>*>(own));
+        for (std::int64_t c = team.begin(chunks); c < team.end(chunks); ++c) {
+            const std::int64_t row0 = c * kGainRows;
+            const std::int64_t row1 = row0 + kGainRows < call.tokens ? row0 + kGainRows : call.tokens;
+            finish_ds<IO, C>(l, call.gains, s_in, row0, row1, ds, sums + c * l.h.adapters);
+            if (dx)
+                write_dx<IO, C>(l, ds, row0, row1, static_cast<IO*>(dx),
+                                *reinterpret_cast<ExpandScratch<C>*>(own));
+        }
+        team.barrier();
+        if (dgains && team.id == 0)
+            for (int j = 0; j < l.h.adapters; ++j) {
+                dgains[j] = 0;
+                for (std::int64_t c = 0; c < chunks; ++c) dgains[j] += sums[c * l.h.adapters + j];
+            }
+        const std::int64_t stripes = ceil_div(l.h.d_in, kColumnPad);
+        C* block = reinterpret_cast<C*>(own + sizeof(ExpandScratch<C>));
+        if (dA)
+            for (std::int64_t p = team.begin(stripes); p < team.end(stripes); ++p) {
+                const std::int64_t left = l.h.d_in - p * kColumnPad;
+                write_dA<IO, C>(l, ds, view_of<IO>(x), call.tokens, p * kColumnPad,
+                                left < kColumnPad ? left : kColumnPad, static_cast<C*>(dA), block);
+            }
+    });
+}
+
+}  // namespace lora_ortho::cpu::LORA_ORTHO_ISA

@@ -1,0 +1,97 @@
+// Forward of the float kernels: shrink, then draw + expand + add + round.
+#pragma once
+
+#include "cpu/expand_owner.h"
+#include "cpu/shrink.h"
+
+namespace lora_ortho::cpu::LORA_ORTHO_ISA {
+
+// Walks a chunk block by block: along the rows, so that base and y stream, within as many columns as
+// leave their factors (column_bytes each) in the cache.
+template <class Body>
+LORA_ORTHO_INLINE void for_blocks(std::int64_t rows, std::int64_t cols, int block_rows,
+                                  int block_cols, std::int64_t column_bytes, Body body) {
+    const std::int64_t fit = (std::int64_t{512} << 10) / column_bytes / block_cols * block_cols;
+    const std::int64_t segment = fit < block_cols ? block_cols : fit;
+    for (std::int64_t begin = 0; begin < cols; begin += segment) {
+        const std::int64_t end = begin + segment < cols ? begin + segment : cols;
+        for (std::int64_t i = 0; i < rows; i += block_rows)
+            for (std::int64_t n = begin; n < end; n += block_cols)
+                body(i, static_cast<int>(rows - i < block_rows ? rows - i : block_rows), n,
+                     static_cast<int>(end - n < block_cols ? end - n : block_cols));
+    }
+}
+
+// Expand of rows [row0, row0 + rows) and columns [col0, col0 + cols).
+template <class IO, class C>
+void expand_chunk(const Draw& draw, const IO* s, const View<IO>* base, std::int64_t row0,
+                  std::int64_t rows, std::int64_t col0, std::int64_t cols, IO* y,
+                  ExpandScratch<C>& t, C* scaled) {
+    const Layout& l = draw.l;
+    scale_rows(l, draw.call.gains, s, row0, rows, scaled);
+    for_blocks(rows, cols, kRowBlock, kColumnBlock,
+               l.h.padded_rank_sum * static_cast<std::int64_t>(sizeof(C)),
+               [&](std::int64_t i, int height, std::int64_t n, int width) {
+                   const C* block = scaled + i * l.h.padded_rank_sum;
+                   if (l.h.path == static_cast<std::int32_t>(Expand::kOwner))
+                       expand_owner<C>(draw, block, row0 + i, height, col0 + n, width, t);
+                   else
+                       expand_dense<C>(draw, block, row0 + i, height, col0 + n, width, t);
+                   finish_block<IO, C>(t.sums[0], kColumnBlock, base, row0 + i, height, col0 + n,
+                                       width, l.h.d_out, y);
+               });
+}
+
+// Deals out the output in chunks of rows by as few stripes of columns as keep the team busy.
+template <class Body>
+LORA_ORTHO_INLINE void for_chunks(const Team& team, std::int64_t tokens, std::int64_t d_out,
+                                  std::int64_t chunk, Body body) {
+    const std::int64_t row_pieces = ceil_div(tokens, chunk), blocks = ceil_div(d_out, kColumnBlock);
+    std::int64_t stripes = ceil_div(4 * team.size, row_pieces);
+    stripes = stripes > blocks ? blocks : row_pieces >= 4 * team.size ? 1 : stripes;
+    const std::int64_t pieces = row_pieces * stripes;
+    for (std::int64_t p = team.begin(pieces); p < team.end(pieces); ++p) {
+        const std::int64_t row0 = p / stripes * chunk, stripe = p % stripes;
+        const std::int64_t col0 = blocks * stripe / stripes * kColumnBlock;
+        const std::int64_t col1 = blocks * (stripe + 1) / stripes * kColumnBlock;
+        body(row0, tokens - row0 < chunk ? tokens - row0 : chunk, col0,
+             (col1 < d_out ? col1 : d_out) - col0);
+    }
+}
+
+template <class IO>
+void forward_float(const void* packed, const lora_ortho_call& call, const lora_ortho_matrix& x,
+                   const lora_ortho_matrix* base, void* y, void* s) {
+    using C = typename ComputeOf<IO>::type;
+    const Layout l(packed);
+    const int threads = team_size(call.threads);
+    const ShrinkConfig config = shrink_config(l, call.tokens);
+    const std::size_t sums = static_cast<std::size_t>(config.sum_elements()) * sizeof(C);
+    const std::size_t block = static_cast<std::size_t>(kRowBlock * config.step) * sizeof(C);
+    const std::size_t expand = expand_scratch<C>(l);
+    Scratch scratch(sums + block > expand ? sums + block : expand, threads);
+    Scratch partials(static_cast<std::size_t>(config.partial_elements()) * sizeof(C), 1);
+    const Draw draw{call, l};
+    const View<IO> x_view = view_of<IO>(x), base_view = base ? view_of<IO>(*base) : View<IO>{};
+    IO* s_out = static_cast<IO*>(s);
+    run_team(threads, [&](const Team& team) {
+        C* own = scratch.of<C>(team);
+        shrink<IO, C>(l, config, s_out, team, own, partials.of<C>(Team{0, 1}),
+                      [&](std::int64_t row0, int rows, std::int64_t k0, std::int64_t steps, bool add,
+                          C* to) {
+                          shrink_step<IO, C>(l, x_view, row0, rows, k0, steps, add, to,
+                                             own + config.sum_elements());
+                      });
+        auto& t = *scratch.of<ExpandScratch<C>>(team);
+        C* scaled = reinterpret_cast<C*>(&t + 1);
+        const std::int64_t chunk =
+            rows_per_chunk(l.h.padded_rank_sum * static_cast<std::int64_t>(sizeof(C)));
+        for_chunks(team, call.tokens, l.h.d_out, chunk,
+                   [&](std::int64_t row0, std::int64_t rows, std::int64_t col0, std::int64_t cols) {
+                       expand_chunk<IO, C>(draw, s_out, base ? &base_view : nullptr, row0, rows, col0,
+                                           cols, static_cast<IO*>(y), t, scaled);
+                   });
+    });
+}
+
+}  // namespace lora_ortho::cpu::LORA_ORTHO_ISA

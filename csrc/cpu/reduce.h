@@ -1,0 +1,197 @@
+// Reduce: draw the masks again and gather what flows to each adapter:
+//   ds_j[m] = sum_n g[m][n] m_j[m][n] B_j[n],   dB_j[n] = sum_m g[m][n] m_j[m][n] s_j[m].
+// An element touches only the vectors of the adapters that kept it, so the cost of the orthogonal
+// method does not grow with K.
+#pragma once
+
+#include "cpu/expand.h"
+
+namespace lora_ortho::cpu::LORA_ORTHO_ISA {
+
+// Columns of a block: its dB (columns, K * padded) stays in the cache.
+struct ReduceConfig {
+    std::int64_t columns, blocks;
+};
+LORA_ORTHO_INLINE ReduceConfig reduce_config(const Header& h, std::size_t element, int threads) {
+    const std::int64_t row = h.padded_rank_sum * static_cast<std::int64_t>(element);
+    std::int64_t columns = (std::int64_t{128} << 10) / row / kPanel * kPanel;
+    columns = columns < kPanel ? kPanel : columns > kColumnBlock ? kColumnBlock : columns;
+    // As many blocks as a multiple of the team, so that nobody waits.
+    const std::int64_t blocks = round_up(ceil_div(h.d_out, columns), threads);
+    columns = round_up(ceil_div(h.d_out, blocks), kPanel);
+    return {columns, ceil_div(h.d_out, columns)};
+}
+
+template <class C>
+struct ReduceScratch {
+    alignas(64) std::uint16_t draws[kColumnBlock + kDrawSlack];
+    alignas(64) std::uint16_t count[256];
+    alignas(64) std::uint16_t owner[kColumnBlock];
+    alignas(64) C grad[kColumnBlock];
+    // followed by: lists uint16 [K][kColumnBlock], s C [K * padded], dB C [columns][K * padded]
+    std::uint16_t* lists() { return reinterpret_cast<std::uint16_t*>(this + 1); }
+    C* s(int adapters) { return reinterpret_cast<C*>(lists() + adapters * kColumnBlock); }
+};
+template <class C>
+std::size_t reduce_scratch(const Header& h, std::int64_t columns) {
+    return sizeof(ReduceScratch<C>) +
+           static_cast<std::size_t>(h.adapters) * kColumnBlock * sizeof(std::uint16_t) +
+           static_cast<std::size_t>((columns + 1) * h.padded_rank_sum) * sizeof(C);
+}
+
+// Lists of the columns that each adapter keeps in one row.
+LORA_ORTHO_INLINE void list_owned(const Layout& l, const std::uint16_t* draws, int cols,
+                                  std::uint16_t* owner, std::uint16_t* lists,
+                                  std::uint16_t* count) {
+    constexpr int W = kLanes<std::uint16_t>;
+    const int K = l.h.adapters;
+    for (int n = 0; n < cols; n += W) {
+        const Vec<std::uint16_t> u = load(draws + n);
+        Vec<std::uint16_t> at{};
+        for (int j = 0; j < K; ++j)
+            if (l.thresholds[j] <= 0xffff)
+                at += u >= splat(static_cast<std::uint16_t>(l.thresholds[j]))
+                          ? splat<std::uint16_t>(1)
+                          : Vec<std::uint16_t>{};
+        store(owner + n, at);
+    }
+    for (int j = 0; j <= K; ++j) count[j] = 0;
+    for (int n = 0; n < cols; ++n) {
+        const unsigned j = owner[n];  // K: nobody
+        if (j < static_cast<unsigned>(K))
+            lists[j * kColumnBlock + count[j]] = static_cast<std::uint16_t>(n);
+        ++count[j];
+    }
+}
+LORA_ORTHO_INLINE void list_kept(std::uint32_t threshold, const std::uint16_t* draws, int cols,
+                                 std::uint16_t* list, std::uint16_t* count) {
+    unsigned kept = 0;
+    for (int n = 0; n < cols; ++n) {
+        list[kept] = static_cast<std::uint16_t>(n);
+        kept += draws[n] < threshold;
+    }
+    *count = static_cast<std::uint16_t>(kept);
+}
+
+// V vectors of one adapter's rank, over the columns of its list.
+template <class C, int V>
+LORA_ORTHO_INLINE void reduce_list(const std::uint16_t* list, int count, const C* grad, const C* s,
+                                   const C* b, C* db, std::ptrdiff_t pitch, C* ds) {
+    Vec<C> sv[V], even[V], odd[V] = {};
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) {
+        sv[v] = load(s + v * kLanes<C>);
+        even[v] = load(ds + v * kLanes<C>);
+    }
+    auto touch = [&](int at, Vec<C>(&acc)[V]) __attribute__((always_inline)) {
+        const std::ptrdiff_t n = list[at];
+        const Vec<C> g = splat(grad[n]);
+        const C* bn = b + n * pitch;
+        C* dbn = db + n * pitch;
+#pragma GCC unroll 4
+        for (int v = 0; v < V; ++v) {
+            acc[v] += g * load(bn + v * kLanes<C>);
+            store(dbn + v * kLanes<C>, load(dbn + v * kLanes<C>) + g * sv[v]);
+        }
+    };
+    int at = 0;
+    for (; at + 2 <= count; at += 2) {
+        touch(at, even);
+        touch(at + 1, odd);
+    }
+    if (at < count) touch(at, odd);
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) store(ds + v * kLanes<C>, even[v] + odd[v]);
+}
+
+template <class C>
+LORA_ORTHO_INLINE void reduce_adapter(const std::uint16_t* list, int count, const C* grad,
+                                      const C* s, const C* b, C* db, std::ptrdiff_t pitch,
+                                      std::int64_t padded, C* ds) {
+    std::int64_t k = 0;
+    for (; k + 4 * kLanes<C> <= padded; k += 4 * kLanes<C>)
+        reduce_list<C, 4>(list, count, grad, s + k, b + k, db + k, pitch, ds + k);
+    for (; k + 2 * kLanes<C> <= padded; k += 2 * kLanes<C>)
+        reduce_list<C, 2>(list, count, grad, s + k, b + k, db + k, pitch, ds + k);
+    for (; k < padded; k += kLanes<C>)
+        reduce_list<C, 1>(list, count, grad, s + k, b + k, db + k, pitch, ds + k);
+}
+
+// One block of columns over rows [row0, row1): adds to ds (tokens, K * padded) and to the block's db.
+template <class IO, class C>
+void reduce_block(const Draw& draw, View<IO> grad, const IO* s, std::int64_t row0,
+                  std::int64_t row1, std::int64_t col0, int cols, C* ds, C* db,
+                  ReduceScratch<C>& t) {
+    const Layout& l = draw.l;
+    const int K = l.h.adapters;
+    const std::ptrdiff_t pitch = l.h.padded_rank_sum;
+    const C* b = l.section<C>(2) + col0 * pitch;
+    C* s_row = t.s(K);
+    const RowDraws shared = draw.stream_of(0);
+    for (std::int64_t m = row0; m < row1; ++m) {
+        load_block(grad, m, 1, col0, cols, cols, t.grad, 0);
+        pad_row(l, s + m * l.h.rank_sum, s_row);
+        if (l.h.method == LORA_ORTHO_ORTHOGONAL)
+            list_owned(l, draw.row(shared, m, col0, kColumnBlock, t.draws), cols, t.owner,
+                       t.lists(), t.count);
+        for (int j = 0; j < K; ++j) {
+            const std::uint16_t* list = t.lists() + j * kColumnBlock;
+            if (l.h.method == LORA_ORTHO_DROPOUT) {
+                const RowDraws own = draw.stream_of(j);
+                list_kept(l.thresholds[j], draw.row(own, m, col0, kColumnBlock, t.draws), cols,
+                          t.lists() + j * kColumnBlock, &t.count[j]);
+            } else if (l.h.method == LORA_ORTHO_DIRECT && m == row0) {
+                for (int n = 0; n < cols; ++n)
+                    t.lists()[j * kColumnBlock + n] = static_cast<std::uint16_t>(n);
+                t.count[j] = static_cast<std::uint16_t>(cols);
+            }
+            const std::int64_t at = j * l.padded;
+            reduce_adapter<C>(list, t.count[j], t.grad, s_row + at, b + at, db + at, pitch,
+                              l.padded, ds + m * pitch + at);
+        }
+    }
+}
+
+// dB (d_out, rank_sum) = gain * db of a block.
+template <class C>
+LORA_ORTHO_INLINE void write_dB(const Layout& l, const double* gains, const C* db,
+                                std::int64_t col0, int cols, C* dB) {
+    for (int n = 0; n < cols; ++n) {
+        C* out = dB + (col0 + n) * l.h.rank_sum;
+        for (int j = 0; j < l.h.adapters; ++j)
+            for (std::int64_t k = 0; k < l.ranks[j]; ++k)
+                *out++ = static_cast<C>(gains[j]) * db[n * l.h.padded_rank_sum + j * l.padded + k];
+    }
+}
+
+// All blocks. Member t owns one block of columns a round and walks the team's stripes of rows from its
+// own on, so that no two members ever touch the same rows of ds or columns of dB: one pass over grad,
+// no partial sums, a fixed order. Ends with a barrier.
+template <class IO, class C>
+void reduce(const Draw& draw, const ReduceConfig& config, View<IO> grad, const IO* s, C* ds, C* dB,
+            const Team& team, ReduceScratch<C>& t) {
+    const Layout& l = draw.l;
+    const std::int64_t tokens = draw.call.tokens, pitch = l.h.padded_rank_sum;
+    C* db = t.s(l.h.adapters) + pitch;
+    for (std::int64_t m = team.begin(tokens); m < team.end(tokens); ++m)
+        for (std::int64_t r = 0; r < pitch; ++r) ds[m * pitch + r] = 0;
+    team.barrier();
+    for (std::int64_t round = 0; round < config.blocks; round += team.size) {
+        const std::int64_t block = round + team.id;
+        const std::int64_t col0 = block * config.columns;
+        const bool busy = block < config.blocks;
+        const std::int64_t left = l.h.d_out - col0;
+        const int cols = static_cast<int>(left < config.columns ? left : config.columns);
+        if (busy) std::memset(db, 0, static_cast<std::size_t>(cols * pitch) * sizeof(C));
+        for (int phase = 0; phase < team.size; ++phase) {
+            const Team stripe{(team.id + phase) % team.size, team.size};
+            if (busy)
+                reduce_block<IO, C>(draw, grad, s, stripe.begin(tokens), stripe.end(tokens), col0,
+                                    cols, ds, db, t);
+            team.barrier();
+        }
+        if (busy && dB) write_dB(l, draw.call.gains, db, col0, cols, dB);
+    }
+}
+
+}  // namespace lora_ortho::cpu::LORA_ORTHO_ISA

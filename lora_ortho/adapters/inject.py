@@ -1,0 +1,272 @@
+"""Loaded adapters into a plain torch model, and out again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from types import MappingProxyType, TracebackType
+from typing import Any
+
+from torch import nn
+
+from lora_ortho.mask_stream import SAMPLE_LIMIT, check_in_range, seed_tensor
+from lora_ortho.module import Adapter, FusedOrthoLoRALinear
+from lora_ortho.problem import finite_numbers
+
+from .peft_folder import LoadedAdapter
+from .streams import assign_streams
+
+# Modules that read the weights of their linear layers instead of calling them.
+_BYPASSING = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
+_KEEP: Any = object()  # "leave this setting as it is"; None means something else
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """What was done to one layer.
+
+    Attributes:
+        name: qualified name in the model.
+        stream: number of its mask stream.
+        adapters, ranks, p: names, ranks and dropout rates of its adapters, in merge order.
+    """
+
+    name: str
+    stream: int
+    adapters: tuple[str, ...]
+    ranks: tuple[int, ...]
+    p: tuple[float, ...]
+
+    def __str__(self) -> str:
+        parts = (
+            f"{a} r={r} p={p:.4g}"
+            for a, r, p in zip(self.adapters, self.ranks, self.p, strict=True)
+        )
+        return f"{self.name}: {', '.join(parts)}"
+
+
+class Injection:
+    """Adapters inside a model; a context manager that takes them out at the end.
+
+    Attributes:
+        model: the model, changed in place.
+        layers: the fused layers by qualified name, in name order.
+        report: a `LayerReport` for each.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: dict[str, FusedOrthoLoRALinear],
+        members: dict[str, tuple[int, ...]],
+        report: tuple[LayerReport, ...],
+    ) -> None:
+        self.model = model
+        self.layers: Mapping[str, FusedOrthoLoRALinear] = MappingProxyType(layers)
+        self.report = report
+        self._members = members  # which adapters, by index, each layer has
+        self._attached = True
+
+    def set(
+        self,
+        *,
+        method: str = _KEEP,
+        seed: int | None = _KEEP,
+        sample: int = _KEEP,
+        weights: Sequence[float] | None = _KEEP,
+    ) -> Injection:
+        """Changes settings of all layers at once; those not given stay.
+
+        Args:
+            method: "orthogonal", "dropout" or "direct".
+            seed: None for a fresh one at every forward, or an int.
+            sample: which Monte Carlo draw, in [0, 2**24).
+            weights: a merge weight for each adapter given to `inject`; None is 1.
+        Raises:
+            TypeError, ValueError: by name; then no layer has changed.
+        """
+        count = 1 + max(index for members in self._members.values() for index in members)
+        values = None if weights is _KEEP else finite_numbers("weights", weights, count)
+        if seed is not _KEEP and seed is not None:
+            seed_tensor(seed)
+        if sample is not _KEEP:
+            check_in_range("sample", sample, SAMPLE_LIMIT)
+        before = {n: (m.method, m.seed, m.sample, m.weights) for n, m in self.layers.items()}
+        try:
+            for name, layer in self.layers.items():
+                if method is not _KEEP:
+                    layer.method = method
+                if seed is not _KEEP:
+                    layer.seed = seed
+                if sample is not _KEEP:
+                    layer.sample = sample
+                if values is not None:
+                    layer.weights = [values[index] for index in self._members[name]]
+        except (TypeError, ValueError):
+            for name, layer in self.layers.items():
+                layer.method, layer.seed, layer.sample, layer.weights = before[name]
+            raise
+        return self
+
+    def detach(self) -> None:
+        """Puts the model's own layers back; a second call does nothing.
+
+        Raises:
+            RuntimeError: a fused layer is no longer where it was put; the model is left as it is.
+        """
+        if not self._attached:
+            return
+        for name, layer in self.layers.items():
+            if _find(self.model, name) is not layer:
+                raise RuntimeError(f"cannot detach: {name} was replaced after the injection")
+        for name, layer in self.layers.items():
+            _put(self.model, name, layer.base)
+        self._attached = False
+
+    def __enter__(self) -> Injection:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.detach()
+
+    def __repr__(self) -> str:
+        state = "attached to" if self._attached else "detached from"
+        return f"Injection({len(self.layers)} layers, {state} {type(self.model).__name__})"
+
+
+def inject(
+    model: nn.Module,
+    adapters: Sequence[LoadedAdapter],
+    *,
+    p: Sequence[float] | None = None,
+    weights: Sequence[float] | None = None,
+    method: str = "orthogonal",
+    seed: int | None = None,
+    backend: str | None = None,
+) -> Injection:
+    """Replaces every adapted nn.Linear of a model by a `FusedOrthoLoRALinear`, in place.
+
+    Factors move to the device of the layer they adapt and keep their dtype. A layer's masks depend
+    on its qualified name, the seed and the sample, not on which other layers are adapted.
+
+    Args:
+        model: any torch module that has the adapters' layers under their names.
+        adapters: from `load_adapter`; their order is the merge order.
+        p: a dropout rate for each adapter; None gives 1 - 1/K on a layer that K of them adapt.
+        weights: a merge weight for each adapter; None is 1.
+        method, seed, backend: as for `FusedOrthoLoRALinear`.
+    Returns:
+        A handle with `report`, `set` and `detach`; `with inject(...)` detaches at the end.
+    Raises:
+        TypeError, ValueError: an argument or a layer that does not fit, by name; then the model is
+            as it was.
+    """
+    adapters = _checked(model, adapters)
+    rates = None if p is None else finite_numbers("p", p, len(adapters))
+    merge_weights = finite_numbers("weights", weights, len(adapters))
+    streams = assign_streams(name for name, _ in model.named_modules(remove_duplicate=False))
+    layers: dict[str, FusedOrthoLoRALinear] = {}
+    members: dict[str, tuple[int, ...]] = {}
+    report = []
+    for name in sorted({name for adapter in adapters for name in adapter.layers}):
+        chosen = tuple(j for j, adapter in enumerate(adapters) if name in adapter.layers)
+        base = _linear(model, name, adapters[chosen[0]].name)
+        default = 1.0 - 1.0 / len(chosen)
+        found = [
+            _placed(adapters[j], name, base, merge_weights[j], rates[j] if rates else default)
+            for j in chosen
+        ]
+        try:
+            layers[name] = FusedOrthoLoRALinear(
+                base, found, method=method, seed=seed, stream=streams[name], backend=backend
+            )
+        except ValueError as error:
+            raise ValueError(f"layer {name}: {error}") from error
+        layers[name].train(base.training)
+        members[name] = chosen
+        report.append(
+            LayerReport(
+                name,
+                streams[name],
+                tuple(str(a.name) for a in found),
+                tuple(a.lora_A.shape[0] for a in found),
+                tuple(float(a.p or 0.0) for a in found),
+            )
+        )
+    for name, layer in layers.items():
+        _put(model, name, layer)
+    return Injection(model, layers, members, tuple(report))
+
+
+def _checked(model: object, adapters: object) -> list[LoadedAdapter]:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch module, got {type(model).__name__}")
+    if isinstance(adapters, LoadedAdapter) or not isinstance(adapters, Sequence):
+        kind = type(adapters).__name__
+        raise TypeError(f"adapters must be a list of what load_adapter returns, got {kind}")
+    for j, adapter in enumerate(adapters):
+        if not isinstance(adapter, LoadedAdapter):
+            kind = type(adapter).__name__
+            raise TypeError(f"adapters[{j}] must come from load_adapter, got {kind}")
+    if not adapters:
+        raise ValueError("adapters must hold at least one adapter, got none")
+    for name, module in model.named_modules():
+        if isinstance(module, FusedOrthoLoRALinear):
+            raise ValueError(f"model: {name} is adapted already; detach it first")
+    return list(adapters)
+
+
+def _find(model: nn.Module, name: str) -> nn.Module | None:
+    try:
+        return model.get_submodule(name)
+    except AttributeError:
+        return None
+
+
+def _put(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
+
+
+def _linear(model: nn.Module, name: str, adapter: str) -> nn.Linear:
+    """The layer of that name, if it can be replaced without side effects."""
+    module = _find(model, name)
+    if module is None:
+        raise ValueError(f"adapter {adapter!r} adapts {name}, which the model does not have")
+    if not isinstance(module, nn.Linear):
+        kind = type(module).__name__
+        raise ValueError(f"adapter {adapter!r} adapts {name}, a {kind}; it must be an nn.Linear")
+    parent = model.get_submodule(name.rpartition(".")[0])
+    if isinstance(parent, _BYPASSING):
+        kind = type(parent).__name__
+        raise ValueError(f"layer {name} is part of a {kind}, which does not call its linear layers")
+    names = [n for n, m in model.named_modules(remove_duplicate=False) if m is module]
+    if len(names) > 1:
+        raise ValueError(f"layer {name} is shared: it is also {', '.join(set(names) - {name})}")
+    return module
+
+
+def _placed(adapter: LoadedAdapter, name: str, base: nn.Linear, weight: float, p: float) -> Adapter:
+    """One layer's part of an adapter, on the layer's device, with its weight and rate."""
+    part = adapter.layers[name]
+    sizes = part.lora_A.shape[1], part.lora_B.shape[0]
+    if sizes != (base.in_features, base.out_features):
+        raise ValueError(
+            f"adapter {adapter.name!r} takes {sizes[0]} features to {sizes[1]} on {name}, "
+            f"the layer {base.in_features} to {base.out_features}"
+        )
+    device = base.weight.device
+    return replace(
+        part,
+        lora_A=part.lora_A.to(device),
+        lora_B=part.lora_B.to(device),
+        bias=None if part.bias is None else part.bias.to(device),
+        weight=weight,
+        p=p,
+        name=adapter.name,
+    )

@@ -1,0 +1,127 @@
+"""The thin torch.autograd.Function around the two ops."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lora_ortho import ops
+
+
+class Call(NamedTuple):
+    """The constants of a call, in the order in which the ops take them."""
+
+    thresholds: tuple[int, ...]
+    method: str
+    stream: int
+    sample: int
+    row_offset: int
+    col_offset: int
+
+
+class Merge(torch.autograd.Function):
+    """y of the merge, differentiable in x, base, gains and every factor; draws its masks again.
+
+    ``apply(x, base, gains, seed, call, backend, *lora_A, *lora_B)`` returns (y, s) with s = x Aᵀ,
+    which is saved and not differentiable. Saves x, s, gains, seed and the factors: nothing of size
+    (tokens, d_out).
+    """
+
+    @staticmethod
+    def forward(
+        x: Tensor,
+        base: Tensor | None,
+        gains: Tensor,
+        seed: Tensor,
+        call: Call,
+        backend: str,
+        *factors: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        half = len(factors) // 2
+        y, s = ops.forward(x, factors[:half], factors[half:], base, gains, seed, *call, backend)
+        return y, s
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        x, _, gains, seed, call, backend, *factors = inputs
+        s = output[1]
+        ctx.mark_non_differentiable(s)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, s, gains, seed, *factors)
+        ctx.call, ctx.backend = call, backend
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+        x, s, gains, seed, *factors = ctx.saved_tensors
+        if grad is None:
+            return (None,) * (6 + len(factors))
+        half, needs = len(factors) // 2, ctx.needs_input_grad
+        need_A, need_B = needs[6 : 6 + half], needs[6 + half :]
+        wanted = (needs[0], any(need_A), any(need_B), needs[2])
+        none: tuple[Tensor | None, ...] = (None,) * half
+        dx, dgains, dA, dB = None, None, none, none
+        if any(wanted):
+            call = (ctx.call, wanted, ctx.backend)
+            # A second derivative can only be asked of a gradient that is made in grad mode; what
+            # torch.compile makes refuses it on its own.
+            recorded = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+            gradients: Any = MergeGradients.apply if recorded else MergeGradients.forward
+            dx, dA_all, dB_all, dgains = gradients(grad, x, s, gains, seed, *call, *factors)
+            dA = _shares(dA_all, factors[:half], 0, need_A)
+            dB = _shares(dB_all, factors[half:], 1, need_B)
+        return (
+            dx if needs[0] else None,
+            grad if needs[1] else None,
+            dgains if needs[2] else None,
+            *(None, None, None),
+            *dA,
+            *dB,
+        )
+
+
+class MergeGradients(torch.autograd.Function):
+    """The gradients, connected to what they depend on only to refuse to be differentiated."""
+
+    @staticmethod
+    def forward(
+        grad: Tensor,
+        x: Tensor,
+        s: Tensor,
+        gains: Tensor,
+        seed: Tensor,
+        call: Call,
+        wanted: tuple[bool, bool, bool, bool],
+        backend: str,
+        *factors: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        half = len(factors) // 2
+        dx, dA, dB, dgains = ops.backward(
+            grad, x, s, factors[:half], factors[half:], gains, seed, *call, *wanted, backend
+        )
+        return dx, dA, dB, dgains
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        """Saves nothing."""
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> None:
+        raise RuntimeError(
+            "lora_ortho: the gradients of fused_ortho_lora cannot be differentiated again "
+            "(double backward is not supported)"
+        )
+
+
+def _shares(
+    joined: Tensor, factors: list[Tensor], dim: int, needed: tuple[bool, ...]
+) -> tuple[Tensor | None, ...]:
+    """The adapters' shares of gradients that lie side by side, each in its factor's dtype."""
+    if not any(needed):
+        return (None,) * len(factors)
+    shares = torch.split(joined, [factor.shape[dim] for factor in factors], dim)
+    return tuple(
+        share.to(factor.dtype) if need else None
+        for share, factor, need in zip(shares, factors, needed, strict=True)
+    )

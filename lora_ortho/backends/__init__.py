@@ -1,0 +1,67 @@
+"""Backends: who can serve a problem, and why not.
+
+A backend is a module with ``unavailable() -> str | None`` (why it cannot work on this
+machine), ``supports(problem) -> str | None`` (why it cannot serve one problem), ``pack``,
+``forward`` and ``backward``; see :mod:`lora_ortho.backends.reference` for their meaning.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+from lora_ortho.backends import cpu, reference
+
+if TYPE_CHECKING:
+    from lora_ortho.problem import Problem
+
+# Best first; "reference" serves everything.
+_BY_NAME: dict[str, ModuleType] = {"cpu": cpu, "reference": reference}
+_ABSENT = {
+    "triton": "this version of lora_ortho has no Triton kernels",
+    "cuda": "this version of lora_ortho has no CUDA kernels",
+}
+NAMES = ("reference", "cpu", "triton", "cuda")
+
+
+def available() -> dict[str, str | None]:
+    """Every backend by name: None where it works on this machine, else the reason why not."""
+    return {
+        name: _BY_NAME[name].unavailable() if name in _BY_NAME else _ABSENT[name] for name in NAMES
+    }
+
+
+def check_name(backend: str | None) -> None:
+    """Raise ValueError unless ``backend`` is None or the name of a backend."""
+    if backend is not None and backend not in NAMES:
+        raise ValueError(f"backend must be None or one of {', '.join(NAMES)}, got {backend!r}")
+
+
+def get(name: str) -> ModuleType:
+    """The backend of a name that :func:`choose` gave."""
+    return _BY_NAME[name]
+
+
+def decline(name: str, problem: Problem) -> str | None:
+    """Why a backend cannot serve a problem; None where it can."""
+    if name not in _BY_NAME:
+        return _ABSENT[name]
+    reason: str | None = get(name).unavailable() or get(name).supports(problem)
+    return reason
+
+
+def choose(backend: str | None, problem: Problem) -> str:
+    """The name of the backend that serves a problem.
+
+    Args:
+        backend: None for the best that can, or a name that must serve it.
+    Raises:
+        ValueError: ``backend`` is not a name, or the named backend declines, with its reason.
+    """
+    check_name(backend)
+    if backend is None:
+        return next(name for name in _BY_NAME if decline(name, problem) is None)
+    reason = decline(backend, problem)
+    if reason is not None:
+        raise ValueError(f"backend {backend!r} cannot serve this call: {reason}")
+    return backend

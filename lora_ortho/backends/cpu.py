@@ -1,0 +1,143 @@
+"""The compiled CPU kernels: raw addresses into :mod:`lora_ortho._C`."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lora_ortho.problem import Place, Problem
+
+_C: Any = None
+_REASON: str | None = None
+try:
+    # After torch, so that both share the OpenMP library that torch brings.
+    _C = importlib.import_module("lora_ortho._C")
+except ImportError as error:
+    _REASON = f"lora_ortho was installed without its compiled CPU kernels: {error}"
+
+ISA_VARIABLE = "LORA_ORTHO_CPU_ISA"  # caps the instruction set; for tests and benchmarks
+
+_DTYPE_NAMES = {
+    torch.float32: "float32",
+    torch.bfloat16: "bfloat16",
+    torch.float16: "float16",
+    torch.float64: "float64",
+}
+_WRAP = 1 << 64
+
+
+class Packed(NamedTuple):
+    """Factors in the kernels' layout, and the sizes of what they make."""
+
+    native: Any  # lora_ortho._C.Packed
+    d_out: int
+    rank_sum: int
+
+
+def unavailable() -> str | None:
+    """Why the kernels cannot run here; None where they can."""
+    return _REASON
+
+
+def instruction_sets() -> list[str]:
+    """The instruction sets that were compiled and that this processor has, weakest first."""
+    return [] if _REASON is not None else list(_C.isas())
+
+
+def supports(problem: Problem) -> str | None:
+    """Why the kernels cannot serve a problem; None where they can."""
+    if problem.device != "cpu":
+        return f"x is on a {problem.device} device, and the kernels run on the CPU"
+    return None
+
+
+def pack(problem: Problem, lora_A: Sequence[Tensor], lora_B: Sequence[Tensor]) -> Packed:
+    """Factors in the kernels' own layout and compute dtype; see ``backends.reference.pack``."""
+    lora_A, lora_B = ([t.resolve_neg() for t in factors] for factors in (lora_A, lora_B))
+    native = _C.Packed(
+        problem.method,
+        _DTYPE_NAMES[problem.dtype],
+        problem.d_in,
+        problem.d_out,
+        list(problem.ranks),
+        list(problem.thresholds),
+        [(*_matrix(A), _DTYPE_NAMES[A.dtype]) for A in lora_A],
+        [(*_matrix(B), _DTYPE_NAMES[B.dtype]) for B in lora_B],
+        isa=os.environ.get(ISA_VARIABLE, "auto"),
+    )
+    return Packed(native, problem.d_out, sum(problem.ranks))
+
+
+def forward(
+    packed: Packed,
+    x: Tensor,
+    base: Tensor | None,
+    gains: Tensor,
+    seed: int | Tensor,
+    place: Place,
+    out: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """See ``backends.reference.forward``."""
+    tokens = x.shape[0]
+    y = torch.empty((tokens, packed.d_out), dtype=x.dtype) if out is None else out
+    s = torch.empty((tokens, packed.rank_sum), dtype=x.dtype)
+    packed.native.forward(
+        _matrix(x),
+        None if base is None else _matrix(base),
+        y.data_ptr(),
+        s.data_ptr(),
+        tokens,
+        gains.data_ptr(),
+        _unsigned(seed),
+        *place,
+        torch.get_num_threads(),
+    )
+    return y, s
+
+
+def backward(
+    packed: Packed,
+    grad: Tensor,
+    x: Tensor,
+    s: Tensor,
+    gains: Tensor,
+    seed: int | Tensor,
+    place: Place,
+    needs: tuple[bool, bool, bool, bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """See ``backends.reference.backward``."""
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    rank_sum = s.shape[1]
+    shapes = (x.shape, (rank_sum, x.shape[1]), (grad.shape[1], rank_sum), gains.shape)
+    dtypes = (x.dtype, wide, wide, gains.dtype)
+    outputs = tuple(
+        torch.empty(shape if needed else 0, dtype=dtype)
+        for shape, dtype, needed in zip(shapes, dtypes, needs, strict=True)
+    )
+    packed.native.backward(
+        _matrix(grad),
+        _matrix(x),
+        s.data_ptr(),
+        *(out.data_ptr() if needed else 0 for out, needed in zip(outputs, needs, strict=True)),
+        x.shape[0],
+        gains.data_ptr(),
+        _unsigned(seed),
+        *place,
+        torch.get_num_threads(),
+    )
+    dx, dA, dB, dgains = outputs
+    return dx, dA, dB, dgains
+
+
+def _matrix(tensor: Tensor) -> tuple[int, int, int]:
+    return (tensor.data_ptr(), *tensor.stride())  # type: ignore[return-value]
+
+
+def _unsigned(seed: int | Tensor) -> int:
+    value = seed if isinstance(seed, int) else int(seed.item())
+    return value if value >= 0 else value + _WRAP

@@ -1,0 +1,133 @@
+"""The public op: y = base + Σ_j (w_j s_j / q̂_j) · m_j ⊙ (B_j A_j x)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lora_ortho import backends
+from lora_ortho.autograd import Call, Merge
+from lora_ortho.mask_stream import check_seed, seed_tensor
+from lora_ortho.ops import all_plain
+from lora_ortho.packing import gain_dtype, packed
+from lora_ortho.problem import DTYPES, Place, Rule, adapter_count, check, finite_numbers
+
+
+def fused_ortho_lora(
+    x: Tensor,
+    lora_A: Sequence[Tensor],
+    lora_B: Sequence[Tensor],
+    *,
+    p: Sequence[float] | Tensor | None = None,
+    scaling: Sequence[float] | Tensor | None = None,
+    weights: Sequence[float] | Tensor | None = None,
+    method: str = "orthogonal",
+    base: Tensor | None = None,
+    seed: int | Tensor,
+    stream: int = 0,
+    sample: int = 0,
+    row_offset: int = 0,
+    col_offset: int = 0,
+    backend: str | None = None,
+) -> Tensor:
+    """Merge K LoRA adapters at run time by Orthogonal Monte Carlo Dropout (arXiv 2510.03262).
+
+    Differentiable in x, every lora_A, every lora_B, base, and weights where it is a tensor. The
+    masks are a pure function of seed and coordinates (MASK_STREAM.md) and are drawn again in
+    backward. Accumulates in float32 (float64 for float64) and rounds once. Under autocast, x and
+    base are cast to the autocast dtype, float64 excepted. Leading dimensions that no single
+    stride can walk are copied once.
+
+    Args:
+        x: (..., d_in); float32, bfloat16, float16, or float64.
+        lora_A: K tensors (r_j, d_in); ranks may differ. Any of the dtypes of x, not only its own.
+        lora_B: K tensors (d_out, r_j).
+        p: K dropout rates in [0, 1); None is 1 - 1/K for each.
+        scaling: K floats, alpha/r of each adapter; None is 1.
+        weights: K merge weights, floats or a (K,) tensor on the device of x; None is 1.
+        method: "orthogonal" (at most one adapter owns an element; needs Σ(1 - p_j) ≤ 1),
+            "dropout" (independent masks) or "direct" (no mask).
+        base: (..., d_out) in the dtype of x to add to, never modified; None is zeros.
+        seed: 64-bit int, or an int64 tensor of one element on the device of x.
+        stream: which layer, in [0, 2**32).
+        sample: which Monte Carlo draw, in [0, 2**24).
+        row_offset, col_offset: added to token and feature indices, which must stay below 2**32
+            and 2**35.
+        backend: None for the best that serves the call, else "reference", "cpu", "triton" or
+            "cuda", which then must serve it.
+    Returns:
+        (..., d_out) in the dtype of x.
+    Raises:
+        TypeError, ValueError: naming the argument, what it was and what it may be.
+    """
+    rule = Rule.make(adapter_count(lora_A, lora_B), p, scaling, method)
+    place = Place(stream, sample, row_offset, col_offset)
+    return merge(rule, x, lora_A, lora_B, weights, base, seed, place, backend)
+
+
+def merge(
+    rule: Rule,
+    x: Tensor,
+    lora_A: Sequence[Tensor],
+    lora_B: Sequence[Tensor],
+    weights: Sequence[float] | Tensor | None,
+    base: Tensor | None,
+    seed: int | Tensor,
+    place: Place,
+    backend: str | None,
+) -> Tensor:
+    """:func:`fused_ortho_lora` with its constants checked already."""
+    x, base = _autocast(x, base)
+    problem = check(rule, x, lora_A, lora_B, base, place)
+    name = backends.choose(backend, problem)
+    gains = _gains(rule, weights, x)
+    _check_seed(seed, x.device)
+    flat = x if x.dim() == 2 else x.reshape(-1, problem.d_in)
+    flat_base = base if base is None or base.dim() == 2 else base.reshape(-1, problem.d_out)
+    tensors = (x, gains, *lora_A, *lora_B) if base is None else (x, gains, base, *lora_A, *lora_B)
+    wants_gradient = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    if not wants_gradient and all_plain(tensors):
+        factors = packed(name, problem, lora_A, lora_B)
+        y: Tensor = backends.get(name).forward(factors, flat, flat_base, gains, seed, place)[0]
+    else:
+        call = Call(rule.thresholds, rule.method, *place)
+        seed = seed_tensor(seed, x.device)
+        y = Merge.apply(flat, flat_base, gains, seed, call, name, *lora_A, *lora_B)[0]  # type: ignore[no-untyped-call]
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], problem.d_out)
+
+
+def _autocast(x: Tensor, base: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    if not isinstance(x, Tensor) or not torch.is_autocast_enabled(x.device.type):
+        return x, base
+    dtype = torch.get_autocast_dtype(x.device.type)
+    narrow = (torch.float32, torch.bfloat16, torch.float16)
+    if x.dtype not in narrow:
+        return x, base
+    if isinstance(base, Tensor) and base.dtype in narrow:
+        base = base.to(dtype)
+    return x.to(dtype), base
+
+
+def _gains(rule: Rule, weights: Sequence[float] | Tensor | None, x: Tensor) -> Tensor:
+    """The gains w_j s_j / q̂_j as a (K,) tensor, differentiable in tensor weights."""
+    dtype = gain_dtype(x.device.type)
+    count = len(rule.gains)
+    if not isinstance(weights, Tensor):
+        numbers = finite_numbers("weights", weights, count)
+        gains = [w * g for w, g in zip(numbers, rule.gains, strict=True)]
+        return torch.tensor(gains, dtype=dtype, device=x.device)
+    if weights.dtype not in DTYPES:
+        raise TypeError(f"weights must be a floating point tensor, got {weights.dtype}")
+    if weights.shape != (count,):
+        raise ValueError(f"weights must have shape ({count},), got {tuple(weights.shape)}")
+    if weights.device != x.device:
+        raise ValueError(f"weights must be on the device of x, {x.device}, got {weights.device}")
+    return weights.to(dtype) * torch.tensor(rule.gains, dtype=dtype, device=x.device)
+
+
+def _check_seed(seed: int | Tensor, device: torch.device) -> None:
+    if isinstance(seed, Tensor) and seed.device != device:
+        raise ValueError(f"seed must be on the device of x, {device}, got {seed.device}")
+    check_seed(seed)

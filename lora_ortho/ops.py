@@ -1,0 +1,167 @@
+"""The torch.library ops ``lora_ortho::forward`` and ``lora_ortho::backward``.
+
+The only thing between autograd and the backends. Arguments were checked at the public boundary.
+Shapes: x (tokens, d_in); lora_A[j] (r_j, d_in); lora_B[j] (d_out, r_j); base, y, grad
+(tokens, d_out); s (tokens, Σ r); gains (K,); seed one int64. See ``backends.reference``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lora_ortho import backends
+from lora_ortho.packing import packed
+from lora_ortho.problem import Place, Problem
+from lora_ortho.reference import wide_dtype
+
+_CALL = "int[] thresholds, str method, int stream, int sample, int row_offset, int col_offset"
+
+torch.library.define(
+    "lora_ortho::forward",
+    "(Tensor x, Tensor[] lora_A, Tensor[] lora_B, Tensor? base, Tensor gains, Tensor seed, "
+    f"{_CALL}, str backend) -> (Tensor y, Tensor s)",
+)
+torch.library.define(
+    "lora_ortho::backward",
+    "(Tensor grad, Tensor x, Tensor s, Tensor[] lora_A, Tensor[] lora_B, Tensor gains, "
+    f"Tensor seed, {_CALL}, bool need_x, bool need_A, bool need_B, bool need_gains, str backend)"
+    " -> (Tensor dx, Tensor dA, Tensor dB, Tensor dgains)",
+)
+
+
+def _problem(
+    x: Tensor, lora_A: Sequence[Tensor], lora_B: Sequence[Tensor], thresholds: Sequence[int],
+    method: str,
+) -> Problem:  # fmt: skip
+    ranks = tuple(A.shape[0] for A in lora_A)
+    d_out = lora_B[0].shape[0]
+    return Problem(method, tuple(thresholds), x.shape[1], d_out, ranks, x.dtype, x.device.type)
+
+
+def _forward(
+    x: Tensor,
+    lora_A: Sequence[Tensor],
+    lora_B: Sequence[Tensor],
+    base: Tensor | None,
+    gains: Tensor,
+    seed: Tensor,
+    thresholds: Sequence[int],
+    method: str,
+    stream: int,
+    sample: int,
+    row_offset: int,
+    col_offset: int,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    factors = packed(backend, _problem(x, lora_A, lora_B, thresholds, method), lora_A, lora_B)
+    place = Place(stream, sample, row_offset, col_offset)
+    found: tuple[Tensor, Tensor] = backends.get(backend).forward(
+        factors, x, base, gains.contiguous(), seed, place
+    )
+    return found
+
+
+def _backward(
+    grad: Tensor,
+    x: Tensor,
+    s: Tensor,
+    lora_A: Sequence[Tensor],
+    lora_B: Sequence[Tensor],
+    gains: Tensor,
+    seed: Tensor,
+    thresholds: Sequence[int],
+    method: str,
+    stream: int,
+    sample: int,
+    row_offset: int,
+    col_offset: int,
+    need_x: bool,
+    need_A: bool,
+    need_B: bool,
+    need_gains: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    factors = packed(backend, _problem(x, lora_A, lora_B, thresholds, method), lora_A, lora_B)
+    found: tuple[Tensor, Tensor, Tensor, Tensor] = backends.get(backend).backward(
+        factors,
+        grad,
+        x,
+        s.contiguous(),
+        gains.contiguous(),
+        seed,
+        Place(stream, sample, row_offset, col_offset),
+        (need_x, need_A, need_B, need_gains),
+    )
+    return found
+
+
+def _forward_fake(
+    x: Tensor, lora_A: Sequence[Tensor], lora_B: Sequence[Tensor], *rest: Any
+) -> tuple[Tensor, Tensor]:
+    tokens, rank_sum = x.shape[0], sum(A.shape[0] for A in lora_A)
+    return x.new_empty((tokens, lora_B[0].shape[0])), x.new_empty((tokens, rank_sum))
+
+
+def _backward_fake(
+    grad: Tensor,
+    x: Tensor,
+    s: Tensor,
+    lora_A: Sequence[Tensor],
+    lora_B: Sequence[Tensor],
+    gains: Tensor,
+    *rest: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    need_x, need_A, need_B, need_gains = rest[-5:-1]
+    wide, rank_sum = wide_dtype(x.dtype), s.shape[1]
+    return (
+        x.new_empty(x.shape if need_x else (0,)),
+        x.new_empty((rank_sum, x.shape[1]) if need_A else (0,), dtype=wide),
+        x.new_empty((grad.shape[1], rank_sum) if need_B else (0,), dtype=wide),
+        gains.new_empty(gains.shape if need_gains else (0,)),
+    )
+
+
+torch.library.impl("lora_ortho::forward", "CompositeExplicitAutograd", _forward)
+torch.library.impl("lora_ortho::backward", "CompositeExplicitAutograd", _backward)
+torch.library.register_fake("lora_ortho::forward", _forward_fake)
+torch.library.register_fake("lora_ortho::backward", _backward_fake)
+
+
+def forward(x: Tensor, lora_A: Sequence[Tensor], lora_B: Sequence[Tensor], *rest: Any) -> Any:
+    """The op ``lora_ortho::forward``, or its very implementation where nothing watches ops."""
+    if all_plain((x, *lora_A, *lora_B)):
+        return _forward(x, lora_A, lora_B, *rest)
+    return torch.ops.lora_ortho.forward.default(x, lora_A, lora_B, *rest)
+
+
+def backward(
+    grad: Tensor,
+    x: Tensor,
+    s: Tensor,
+    lora_A: Sequence[Tensor],
+    lora_B: Sequence[Tensor],
+    *rest: Any,
+) -> Any:
+    """The op ``lora_ortho::backward``, or its very implementation where nothing watches ops."""
+    if all_plain((grad, x, s, *lora_A, *lora_B)):
+        return _backward(grad, x, s, lora_A, lora_B, *rest)
+    return torch.ops.lora_ortho.backward.default(grad, x, s, lora_A, lora_B, *rest)
+
+
+def all_plain(tensors: Sequence[Tensor]) -> bool:
+    """True if nothing but the kernels needs to see a call: no tracing, modes or subclasses."""
+    return (
+        not torch.compiler.is_compiling()
+        and torch._C._get_tracing_state() is None
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._len_torch_function_stack() == 0
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and all(type(t) in _PLAIN and not t.is_neg() and t.device.type != "meta" for t in tensors)
+    )
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)

@@ -1,0 +1,232 @@
+"""What a merge is apart from the values in its tensors, and the one place where it is checked."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lora_ortho import mask_stream
+
+METHODS = ("orthogonal", "dropout", "direct")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+MAX_ADAPTERS = 255  # an adapter's index is its lane set, one byte
+
+_DTYPE_NAMES = "float32, bfloat16, float16 or float64"
+
+
+class Place(NamedTuple):
+    """Where in the mask stream a call stands (MASK_STREAM.md, "Coordinates")."""
+
+    stream: int = 0
+    sample: int = 0
+    row_offset: int = 0
+    col_offset: int = 0
+
+    def check(self, tokens: int, d_out: int) -> None:
+        """Raise TypeError or ValueError unless every coordinate of the call is in its range."""
+        mask_stream.check_in_range("stream", self.stream, mask_stream.STREAM_LIMIT)
+        mask_stream.check_in_range("sample", self.sample, mask_stream.SAMPLE_LIMIT)
+        _check_span("row_offset", self.row_offset, tokens, mask_stream.ROW_LIMIT, "tokens")
+        _check_span("col_offset", self.col_offset, d_out, mask_stream.COL_LIMIT, "features")
+
+
+def _check_span(name: str, offset: int, length: int, limit: int, what: str) -> None:
+    mask_stream.check_in_range(name, offset, limit)
+    if offset + length > limit:
+        raise ValueError(
+            f"{name} must leave room for {length} {what} below 2**{limit.bit_length() - 1}, "
+            f"got {offset}"
+        )
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How the adapters of one layer are mixed: constants, checked once.
+
+    Attributes:
+        method: one of ``METHODS``.
+        thresholds: K thresholds on the 16-bit draws.
+        gains: K floats s_j / q̂_j; a gain without its merge weight.
+    """
+
+    method: str
+    thresholds: tuple[int, ...]
+    gains: tuple[float, ...]
+
+    @staticmethod
+    def make(
+        adapters: int,
+        p: Sequence[float] | Tensor | None,
+        scaling: Sequence[float] | Tensor | None,
+        method: str,
+    ) -> Rule:
+        """Check p, scaling and method for a number of adapters, and work out their constants."""
+        if method not in METHODS:
+            raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
+        if p is None:
+            p = [1.0 - 1.0 / adapters] * adapters
+        values = mask_stream.rates(p)
+        _check_length("p", len(values), adapters)
+        scales = finite_numbers("scaling", scaling, adapters)
+        if torch.compiler.is_compiling():
+            return _rule(tuple(values), tuple(scales), method)
+        return _remembered_rule(tuple(values), tuple(scales), method)
+
+
+def _rule(p: tuple[float, ...], scales: tuple[float, ...], method: str) -> Rule:
+    thresholds, keep = mask_stream.thresholds(p, method)
+    return Rule(method, tuple(thresholds), tuple(s / q for s, q in zip(scales, keep, strict=True)))
+
+
+_remembered_rule = functools.lru_cache(maxsize=1024)(_rule)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Sizes, dtype, device and masks of one layer's merge; what backends decide and pack by.
+
+    Attributes:
+        method, thresholds: see :class:`Rule`.
+        d_in, d_out: features in and out.
+        ranks: K ranks.
+        dtype: of x, base and output.
+        device: type of the device, "cpu" or "cuda" or another.
+    """
+
+    method: str
+    thresholds: tuple[int, ...]
+    d_in: int
+    d_out: int
+    ranks: tuple[int, ...]
+    dtype: torch.dtype
+    device: str
+
+
+def check(
+    rule: Rule,
+    x: Tensor,
+    lora_A: Sequence[Tensor],
+    lora_B: Sequence[Tensor],
+    base: Tensor | None,
+    place: Place,
+) -> Problem:
+    """The one check of a call's tensors.
+
+    Raises:
+        TypeError: not a tensor, or an unsupported dtype.
+        ValueError: a shape, a device or a coordinate that does not fit. Each error names its
+            argument, what it was and what it may be.
+    """
+    _check_dtype("x", x)
+    if x.dim() == 0:
+        raise ValueError("x must have shape (..., d_in), got a tensor without dimensions")
+    d_in, ranks = x.shape[-1], check_factors(lora_A, lora_B)
+    d_out = lora_B[0].shape[0]
+    if lora_A[0].shape[1] != d_in:
+        raise ValueError(
+            f"x has {d_in} features in shape {tuple(x.shape)}, but lora_A takes "
+            f"{lora_A[0].shape[1]}"
+        )
+    for name, tensor in (("lora_A[0]", lora_A[0]), ("base", base)):
+        if tensor is not None and tensor.device != x.device:
+            raise ValueError(f"{name} must be on the device of x, {x.device}, got {tensor.device}")
+    if base is not None:
+        _check_base(base, x, d_out)
+    place.check(math.prod(x.shape[:-1]), d_out)
+    return Problem(rule.method, rule.thresholds, d_in, d_out, ranks, x.dtype, x.device.type)
+
+
+def _check_dtype(name: str, tensor: Tensor) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+    if tensor.dtype not in DTYPES:
+        raise TypeError(f"{name} must be {_DTYPE_NAMES}, got {tensor.dtype}")
+
+
+def _check_base(base: Tensor, x: Tensor, d_out: int) -> None:
+    _check_dtype("base", base)
+    if base.dtype != x.dtype:
+        raise TypeError(f"base must have the dtype of x, {x.dtype}, got {base.dtype}")
+    wanted = (*x.shape[:-1], d_out)
+    if tuple(base.shape) != wanted:
+        raise ValueError(f"base must have shape {wanted}, got {tuple(base.shape)}")
+
+
+def check_factors(lora_A: Sequence[Tensor], lora_B: Sequence[Tensor]) -> tuple[int, ...]:
+    """The ranks of K pairs (r_j, d_in), (d_out, r_j) that agree with one another.
+
+    Raises:
+        TypeError, ValueError: by the name of the factor that does not fit.
+    """
+    adapter_count(lora_A, lora_B)
+    for j, (A, B) in enumerate(zip(lora_A, lora_B, strict=True)):
+        check_pair(A, B, f"lora_A[{j}]", f"lora_B[{j}]")
+        if A.shape[1] != lora_A[0].shape[1]:
+            raise ValueError(
+                f"lora_A[{j}] must have {lora_A[0].shape[1]} columns as lora_A[0] has, got shape "
+                f"{tuple(A.shape)}"
+            )
+        if B.shape[0] != lora_B[0].shape[0]:
+            raise ValueError(
+                f"lora_B[{j}] must have {lora_B[0].shape[0]} rows as lora_B[0] has, got shape "
+                f"{tuple(B.shape)}"
+            )
+        if A.device != lora_A[0].device:
+            raise ValueError(
+                f"lora_A[{j}] must be on the device of lora_A[0], {lora_A[0].device}, "
+                f"got {A.device}"
+            )
+    return tuple(A.shape[0] for A in lora_A)
+
+
+def adapter_count(lora_A: Sequence[Tensor], lora_B: Sequence[Tensor]) -> int:
+    """K, after a check that both are lists of so many."""
+    for name, factors in (("lora_A", lora_A), ("lora_B", lora_B)):
+        if not isinstance(factors, (list, tuple)):
+            raise TypeError(f"{name} must be a list of tensors, got {type(factors).__name__}")
+    if not 1 <= len(lora_A) <= MAX_ADAPTERS:
+        raise ValueError(f"lora_A must hold 1 to {MAX_ADAPTERS} tensors, got {len(lora_A)}")
+    _check_length("lora_B", len(lora_B), len(lora_A))
+    return len(lora_A)
+
+
+def check_pair(A: Tensor, B: Tensor, name_A: str, name_B: str) -> None:
+    """Raise unless A is (r, d_in) and B is (d_out, r), floating point, on one device, not empty."""
+    for name, tensor, shape in ((name_A, A, "(r, d_in)"), (name_B, B, "(d_out, r)")):
+        _check_dtype(name, tensor)
+        if tensor.dim() != 2 or 0 in tensor.shape:
+            raise ValueError(
+                f"{name} must have shape {shape} without zeros, got {tuple(tensor.shape)}"
+            )
+    if B.shape[1] != A.shape[0]:
+        raise ValueError(
+            f"{name_B} must have {A.shape[0]} columns, the rank of {name_A}, got shape "
+            f"{tuple(B.shape)}"
+        )
+    if B.device != A.device:
+        raise ValueError(f"{name_B} must be on the device of {name_A}, {A.device}, got {B.device}")
+
+
+def _check_length(name: str, got: int, wanted: int) -> None:
+    if got != wanted:
+        raise ValueError(f"{name} must hold {wanted} values, one for each adapter, got {got}")
+
+
+def finite_numbers(name: str, values: Sequence[float] | Tensor | None, count: int) -> list[float]:
+    """``count`` finite floats from a sequence; ones for None."""
+    if values is None:
+        return [1.0] * count
+    if isinstance(values, (str, bytes, int, float)) or not hasattr(values, "__iter__"):
+        raise TypeError(f"{name} must be a sequence of numbers, got {type(values).__name__}")
+    numbers = [float(v) for v in values]
+    _check_length(name, len(numbers), count)
+    for j, number in enumerate(numbers):
+        if not math.isfinite(number):
+            raise ValueError(f"{name}[{j}] must be finite, got {number}")
+    return numbers

@@ -1,0 +1,136 @@
+"""Builds lora_ortho._C with CMake and ninja; everything else about the package is pyproject.toml.
+
+The package works without its compiled part, so a build that fails is a warning, and importing
+``lora_ortho._C`` then raises ImportError with the reason. LORA_ORTHO_REQUIRE_NATIVE=1 in the
+environment makes it an error.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent.resolve()
+
+
+class NativeBuildError(Exception):
+    """The compiled part could not be built; the text says why, in one line."""
+
+
+def find_tool(name: str) -> str:
+    """The program that the PyPI package of the same name carries, else the one on PATH."""
+    try:
+        folder = importlib.import_module(name)
+        program = Path(getattr(folder, "CMAKE_BIN_DIR", None) or folder.BIN_DIR) / name
+        if program.exists():
+            return str(program)
+    except (ImportError, AttributeError):
+        pass
+    if found := shutil.which(name):
+        return found
+    raise NativeBuildError(f"{name} was not found (pip install {name})")
+
+
+def run_tool(arguments: list[str]) -> None:
+    """Runs a build step with its output shown; a failure names the first line that says error."""
+    print("lora_ortho:", " ".join(arguments), flush=True)
+    with subprocess.Popen(
+        arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:
+        assert process.stdout is not None
+        lines = []
+        for line in process.stdout:
+            print(line, end="", flush=True)
+            lines.append(line.strip())
+    if process.returncode:
+        marks = [i for i, line in enumerate(lines) if "error" in line.lower()]
+        first = " ".join(line for line in lines[marks[0] : marks[0] + 3] if line) if marks else ""
+        step = "cmake --build" if "--build" in arguments else "cmake"
+        raise NativeBuildError(f"{step} ended with status {process.returncode}: {first}")
+
+
+def cmake_build(folder: Path, output_dir: Path) -> None:
+    """Configures and builds the extension in `folder`; it appears in `output_dir`."""
+    try:
+        import pybind11
+    except ImportError:
+        raise NativeBuildError("pybind11 was not found (pip install pybind11)") from None
+    cmake, ninja = find_tool("cmake"), find_tool("ninja")
+    folder.mkdir(parents=True, exist_ok=True)
+    # Another build environment may have left its paths; objects that still fit are kept.
+    (folder / "CMakeCache.txt").unlink(missing_ok=True)
+    run_tool(
+        [
+            cmake,
+            "-G",
+            "Ninja",
+            "-S",
+            str(ROOT),
+            "-B",
+            str(folder),
+            f"-DCMAKE_MAKE_PROGRAM={ninja}",
+            f"-DPython_EXECUTABLE={sys.executable}",
+            f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+            f"-DLORA_ORTHO_PYTHON_OUTPUT_DIR={output_dir}",
+            "-DCMAKE_BUILD_TYPE=Release",
+            "-DLORA_ORTHO_BUILD_PYTHON=ON",
+            "-DLORA_ORTHO_BUILD_SHARED=OFF",
+            "-DLORA_ORTHO_BUILD_STATIC=OFF",
+        ]
+    )
+    run_tool([cmake, "--build", str(folder), "--target", "_C"])
+
+
+def write_reason(path: Path, reason: str) -> None:
+    """A module in place of the extension, whose import gives the reason that there is none."""
+    text = f"not built: {reason}"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(
+        f'"""Stands where the extension could not be built."""\n\nraise ImportError({text!r})\n',
+        encoding="utf-8",
+    )
+    os.replace(temporary, path)
+
+
+class CMakeBuild(build_ext):
+    """Builds the one extension of this project, or a module that says why there is none."""
+
+    def run(self) -> None:
+        (extension,) = self.extensions
+        # The source tree for `pip install -e .` and `build_ext --inplace`, else the build folder.
+        target = Path(self.get_ext_fullpath(extension.name)).resolve()
+        reason_file = target.parent / "_C.py"
+        try:
+            cmake_build(Path(self.build_temp).resolve(), target.parent)
+            reason_file.unlink(missing_ok=True)
+        except NativeBuildError as error:
+            if os.environ.get("LORA_ORTHO_REQUIRE_NATIVE", "0") not in ("", "0"):
+                raise
+            target.unlink(missing_ok=True)
+            write_reason(reason_file, str(error))
+            bar = "*" * 78
+            print(
+                f"\n{bar}\nWARNING: lora_ortho is installed WITHOUT its compiled CPU kernels.\n"
+                f"Reason: {error}\n"
+                "The slow reference backend works. A C++17 compiler (GCC or Clang) and\n"
+                f"installing again give the kernels.\n{bar}\n",
+                file=sys.stderr,
+                flush=True,
+            )
+
+
+setup(
+    packages=[*find_packages(include=["lora_ortho", "lora_ortho.*"]), "lora_ortho.triton_kernels"],
+    package_dir={"lora_ortho.triton_kernels": "triton_kernels"},
+    package_data={"lora_ortho": ["py.typed"]},
+    ext_modules=[Extension("lora_ortho._C", sources=[])],
+    cmdclass={"build_ext": CMakeBuild},
+)

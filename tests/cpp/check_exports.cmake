@@ -1,0 +1,17 @@
+# The shared library exports what the header declares, and nothing else.
+execute_process(COMMAND ${NM} -D --defined-only ${LIBRARY} OUTPUT_VARIABLE symbols
+                RESULT_VARIABLE status)
+if(NOT status EQUAL 0)
+  message(FATAL_ERROR "cannot read ${LIBRARY}")
+endif()
+string(REGEX MATCHALL "[A-Za-z] [A-Za-z0-9_.]+\n" exported "${symbols}")
+list(TRANSFORM exported REPLACE "^. (.*)\n$" "\\1")
+list(SORT exported)
+file(READ ${HEADER} text)
+string(REGEX MATCHALL "LORA_ORTHO_API[^;]*[ *](lora_ortho_[a-z_]+)\\(" declared "${text}")
+list(TRANSFORM declared REPLACE "^.*[ *](lora_ortho_[a-z_]+)\\($" "\\1")
+list(SORT declared)
+if(declared STREQUAL "" OR NOT exported STREQUAL declared)
+  message(FATAL_ERROR "exported: ${exported}\ndeclared: ${declared}")
+endif()
+message(STATUS "exported: ${exported}")

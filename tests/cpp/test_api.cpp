@@ -1,0 +1,402 @@
+// The C interface over kernels that only note how they were called: every status is provoked, and
+// nothing is written unless the status is LORA_ORTHO_OK.
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <new>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "check.h"
+#include "cpu/kernels.h"
+#include "lora_ortho/lora_ortho.h"
+
+namespace {
+
+enum class Throw { kNothing, kBadAlloc, kOther };
+
+constexpr std::size_t kWorkspace = 256;
+struct Fake {
+    Throw what = Throw::kNothing;
+    int calls = 0;
+    bool missing = false;
+} fake;
+
+void act() {
+    if (fake.what == Throw::kBadAlloc) throw std::bad_alloc();
+    if (fake.what == Throw::kOther) throw std::runtime_error("a fault");
+    ++fake.calls;
+}
+
+}  // namespace
+
+namespace lora_ortho::cpu {
+
+constexpr Kernels kFake = {
+    [](Header& header, const std::int64_t* ranks) {
+        header.padded_rank_sum = header.rank_sum;
+        header.padded_begin = header.arrays_end;
+        header.bytes = header.arrays_end + static_cast<std::size_t>(ranks[0]) * 64;
+    },
+    [](const lora_ortho_factors&, void*) { act(); },
+    [](const void*, const lora_ortho_call&, const lora_ortho_matrix&, const lora_ortho_matrix*,
+       void* y, void* s) {
+        act();
+        *static_cast<float*>(y) = *static_cast<float*>(s) = 1.0f;
+    },
+    [](const Header&, const lora_ortho_call&) { return kWorkspace; },
+    [](const void*, const lora_ortho_call&, const lora_ortho_matrix&, const lora_ortho_matrix&,
+       const void*, void* dx, void*, void*, double*, void*) {
+        act();
+        if (dx) *static_cast<float*>(dx) = 1.0f;
+    },
+};
+
+const Kernels* kernels_baseline() { return fake.missing ? nullptr : &kFake; }
+const Kernels* kernels_avx2() { return nullptr; }
+const Kernels* kernels_avx512() { return nullptr; }
+const Kernels* kernels_avx512_bf16() { return nullptr; }
+const Kernels* kernels_amx() { return nullptr; }
+
+}  // namespace lora_ortho::cpu
+
+namespace {
+
+using lora_ortho::cpu::Header;
+
+constexpr std::int64_t kTokens = 3, kIn = 4, kOut = 6, kRankSum = 5;
+constexpr float kUntouched = -77.0f;
+constexpr std::int64_t kHuge = std::numeric_limits<std::int64_t>::max();
+
+// Valid arguments of every function; a test changes one and looks at the status.
+struct Arguments {
+    std::int64_t ranks[2] = {2, 3};
+    std::uint32_t thresholds[2] = {20000, 65536};
+    double gains[2] = {1.0, -2.0};
+    float data[64] = {};
+    lora_ortho_matrix A[2] = {{data, kIn, 1, LORA_ORTHO_FLOAT32}, {data, 1, 3, LORA_ORTHO_FLOAT32}};
+    lora_ortho_matrix B[2] = {{data, 2, 1, LORA_ORTHO_FLOAT32}, {data, 3, 1, LORA_ORTHO_FLOAT32}};
+    lora_ortho_factors factors = {LORA_ORTHO_STRUCT_VERSION,
+                                  LORA_ORTHO_ORTHOGONAL,
+                                  LORA_ORTHO_FLOAT32,
+                                  LORA_ORTHO_ISA_AUTO,
+                                  2,
+                                  kIn,
+                                  kOut,
+                                  ranks,
+                                  thresholds,
+                                  A,
+                                  B};
+    lora_ortho_call call = {LORA_ORTHO_STRUCT_VERSION, 0, 0, 0, kTokens, 0, 0, 0, gains};
+    lora_ortho_matrix x = {data, kIn, 1, LORA_ORTHO_FLOAT32};
+    lora_ortho_matrix base = {data, kOut, 1, LORA_ORTHO_FLOAT32};
+    alignas(64) unsigned char packed[2048];
+    alignas(64) unsigned char workspace[kWorkspace];
+    std::size_t packed_bytes = sizeof packed;
+    std::vector<float> y = std::vector<float>(kTokens * kOut, kUntouched);
+    std::vector<float> s = std::vector<float>(kTokens * kRankSum, kUntouched);
+    std::vector<float> dx = std::vector<float>(kTokens * kIn, kUntouched);
+    std::vector<float> dA = std::vector<float>(kRankSum * kIn, kUntouched);
+    std::vector<float> dB = std::vector<float>(kRankSum * kOut, kUntouched);
+    std::vector<double> dgains = std::vector<double>(2, kUntouched);
+
+    Arguments() {
+        fake = {};
+        std::memset(packed, 0x5a, sizeof packed);
+        CHECK_EQ(lora_ortho_pack(&factors, packed, packed_bytes), LORA_ORTHO_OK);
+        fake = {};
+    }
+    Arguments(const Arguments&) = delete;
+    Header& header() { return *reinterpret_cast<Header*>(packed); }
+
+    // Each of these also checks that a refused call leaves its outputs as they were.
+    lora_ortho_status pack() {
+        std::size_t bytes = 12345;
+        alignas(64) unsigned char out[2048];
+        std::memset(out, 0x5a, sizeof out);
+        const std::vector<unsigned char> before(out, out + sizeof out);
+        const lora_ortho_status asked = lora_ortho_pack_bytes(&factors, &bytes);
+        CHECK(asked == LORA_ORTHO_OK ? bytes != 12345 : bytes == 12345);
+        const lora_ortho_status status = lora_ortho_pack(&factors, out, sizeof out);
+        CHECK(asked == LORA_ORTHO_OK || asked == status);
+        if (status != LORA_ORTHO_OK) CHECK(std::memcmp(out, before.data(), sizeof out) == 0);
+        return status;
+    }
+    lora_ortho_status forward() {
+        const lora_ortho_status status =
+            lora_ortho_forward(packed, packed_bytes, &call, &x, &base, y.data(), s.data());
+        if (status != LORA_ORTHO_OK) CHECK(y[0] == kUntouched && s[0] == kUntouched);
+        return status;
+    }
+    lora_ortho_status backward() {
+        const lora_ortho_status status =
+            lora_ortho_backward(packed, packed_bytes, &call, &base, &x, s.data(), dx.data(),
+                                dA.data(), dB.data(), dgains.data(), workspace, sizeof workspace);
+        if (status != LORA_ORTHO_OK) CHECK(dx[0] == kUntouched && dgains[0] == kUntouched);
+        return status;
+    }
+    lora_ortho_status backward_bytes() {
+        std::size_t bytes = 12345;
+        const lora_ortho_status status =
+            lora_ortho_backward_bytes(packed, packed_bytes, &call, &bytes);
+        CHECK(status == LORA_ORTHO_OK ? bytes != 12345 : bytes == 12345);
+        return status;
+    }
+    // The status of every function that opens the packed factors and reads the call.
+    lora_ortho_status called() {
+        const lora_ortho_status status = forward();
+        CHECK_EQ(backward(), status);
+        CHECK_EQ(backward_bytes(), status);
+        return status;
+    }
+};
+
+// The status of `function` after `change` to valid arguments.
+template <class Change>
+lora_ortho_status after(lora_ortho_status (Arguments::*function)(), Change&& change) {
+    Arguments a;
+    change(a);
+    const lora_ortho_status status = (a.*function)();
+    if (status != LORA_ORTHO_OK) CHECK_EQ(fake.calls, 0);
+    return status;
+}
+#define AFTER(function, change) \
+    after(&Arguments::function, []([[maybe_unused]] Arguments& a) { change; })
+
+template <class T>
+T* shifted(T* pointer, int bytes) {
+    return reinterpret_cast<T*>(reinterpret_cast<std::uintptr_t>(pointer) +
+                                static_cast<std::uintptr_t>(bytes));
+}
+
+}  // namespace
+
+TEST(valid_arguments_reach_the_kernels) {
+    CHECK_EQ(AFTER(pack, ), LORA_ORTHO_OK);
+    CHECK_EQ(fake.calls, 1);
+    CHECK_EQ(AFTER(forward, ), LORA_ORTHO_OK);
+    CHECK_EQ(fake.calls, 1);
+    CHECK_EQ(AFTER(backward, ), LORA_ORTHO_OK);
+    CHECK_EQ(fake.calls, 1);
+    CHECK_EQ(AFTER(backward_bytes, ), LORA_ORTHO_OK);
+    Arguments a;
+    CHECK_EQ(a.header().rank_sum, kRankSum);
+    CHECK_EQ(a.header().isa, LORA_ORTHO_ISA_BASELINE);
+    const auto* begin = lora_ortho::cpu::array_at<std::int64_t>(a.packed, a.header().rank_begin);
+    CHECK(begin[0] == 0 && begin[1] == 2 && begin[2] == kRankSum);
+    const auto* packed_t =
+        lora_ortho::cpu::array_at<std::uint32_t>(a.packed, a.header().thresholds);
+    CHECK(packed_t[0] == 20000 && packed_t[1] == 65536);
+    a.factors.method = LORA_ORTHO_DIRECT;
+    a.factors.thresholds = nullptr;
+    CHECK_EQ(lora_ortho_pack(&a.factors, a.packed, a.packed_bytes), LORA_ORTHO_OK);
+    CHECK(packed_t[0] == 65536 && packed_t[1] == 65536);
+    CHECK_EQ(lora_ortho_forward(a.packed, a.packed_bytes, &a.call, &a.x, nullptr, a.y.data(),
+                                a.s.data()),
+             LORA_ORTHO_OK);
+    CHECK_EQ(lora_ortho_backward(a.packed, a.packed_bytes, &a.call, &a.base, &a.x, a.s.data(),
+                                 nullptr, nullptr, nullptr, nullptr, a.workspace, kWorkspace),
+             LORA_ORTHO_OK);
+}
+
+TEST(factors_are_checked) {
+    CHECK_EQ(AFTER(pack, a.factors.struct_version = 2), LORA_ORTHO_BAD_VERSION);
+    CHECK_EQ(AFTER(pack, a.factors.method = 3), LORA_ORTHO_BAD_METHOD);
+    CHECK_EQ(AFTER(pack, a.factors.method = -1), LORA_ORTHO_BAD_METHOD);
+    CHECK_EQ(AFTER(pack, a.factors.dtype = 4), LORA_ORTHO_BAD_DTYPE);
+    CHECK_EQ(AFTER(pack, a.factors.isa = 6), LORA_ORTHO_UNSUPPORTED_ISA);
+    CHECK_EQ(AFTER(pack, a.factors.isa = -1), LORA_ORTHO_UNSUPPORTED_ISA);
+    CHECK_EQ(AFTER(pack, a.factors.isa = LORA_ORTHO_ISA_AVX2), LORA_ORTHO_UNSUPPORTED_ISA);
+    CHECK_EQ(AFTER(pack, fake.missing = true), LORA_ORTHO_UNSUPPORTED_ISA);
+    CHECK_EQ(AFTER(pack, a.factors.adapters = 0), LORA_ORTHO_BAD_ADAPTERS);
+    CHECK_EQ(AFTER(pack, a.factors.adapters = 256), LORA_ORTHO_BAD_ADAPTERS);
+    CHECK_EQ(AFTER(pack, a.factors.d_in = 0), LORA_ORTHO_BAD_SIZE);
+    CHECK_EQ(AFTER(pack, a.factors.d_out = -1), LORA_ORTHO_BAD_SIZE);
+    CHECK_EQ(AFTER(pack, a.factors.d_out = (std::int64_t{1} << 35) + 1), LORA_ORTHO_BAD_SIZE);
+    CHECK_EQ(AFTER(pack, a.factors.d_in = kHuge), LORA_ORTHO_BAD_SIZE);
+    CHECK_EQ(AFTER(pack, a.ranks[0] = 0), LORA_ORTHO_BAD_RANK);
+    CHECK_EQ(AFTER(pack, a.ranks[1] = -3), LORA_ORTHO_BAD_RANK);
+    CHECK_EQ(AFTER(pack, a.ranks[1] = kHuge), LORA_ORTHO_BAD_SIZE);
+    CHECK_EQ(AFTER(pack, a.factors.ranks = nullptr), LORA_ORTHO_NULL_POINTER);
+    CHECK_EQ(AFTER(pack, a.factors.thresholds = nullptr), LORA_ORTHO_NULL_POINTER);
+    CHECK_EQ(AFTER(pack, a.factors.lora_A = nullptr), LORA_ORTHO_NULL_POINTER);
+    CHECK_EQ(AFTER(pack, a.factors.lora_B = nullptr), LORA_ORTHO_NULL_POINTER);
+    CHECK_EQ(AFTER(pack, a.factors.ranks = shifted(a.ranks, 4)), LORA_ORTHO_MISALIGNED);
+    CHECK_EQ(AFTER(pack, a.factors.thresholds = shifted(a.thresholds, 2)), LORA_ORTHO_MISALIGNED);
+    CHECK_EQ(AFTER(pack, a.thresholds[0] = 0), LORA_ORTHO_BAD_THRESHOLD);
+    CHECK_EQ(AFTER(pack, a.thresholds[0] = 65536), LORA_ORTHO_BAD_THRESHOLD);
+    CHECK_EQ(AFTER(pack, a.thresholds[1] = 65537), LORA_ORTHO_BAD_THRESHOLD);
+    CHECK_EQ(AFTER(pack, a.factors.method = LORA_ORTHO_DROPOUT; a.thresholds[1] = 1),
+             LORA_ORTHO_OK);
+    CHECK_EQ(AFTER(pack, a.factors.method = LORA_ORTHO_DROPOUT; a.thresholds[1] = 0),
+             LORA_ORTHO_BAD_THRESHOLD);
+    CHECK_EQ(AFTER(pack, a.A[1].data = nullptr), LORA_ORTHO_NULL_POINTER);
+    CHECK_EQ(AFTER(pack, a.B[0].data = nullptr), LORA_ORTHO_NULL_POINTER);
+    CHECK_EQ(AFTER(pack, a.B[1].dtype = 7), LORA_ORTHO_BAD_DTYPE);
+    CHECK_EQ(AFTER(pack, a.A[0].data = shifted(a.data, 2)), LORA_ORTHO_MISALIGNED);
+    CHECK_EQ(AFTER(pack, a.A[0].row_stride = kHuge), LORA_ORTHO_BAD_SIZE);
+    CHECK_EQ(AFTER(pack, a.B[0].col_stride = -kHuge - 1), LORA_ORTHO_BAD_SIZE);
+    CHECK_EQ(AFTER(pack, a.A[0].row_stride = a.A[0].col_stride = 0), LORA_ORTHO_OK);
+    CHECK_EQ(lora_ortho_pack_bytes(nullptr, nullptr), LORA_ORTHO_NULL_POINTER);
+    Arguments a;
+    CHECK_EQ(lora_ortho_pack_bytes(&a.factors, nullptr), LORA_ORTHO_NULL_POINTER);
+    CHECK_EQ(lora_ortho_pack(nullptr, a.packed, a.packed_bytes), LORA_ORTHO_NULL_POINTER);
+    CHECK_EQ(lora_ortho_pack(&a.factors, nullptr, 2048), LORA_ORTHO_NULL_POINTER);
+    CHECK_EQ(lora_ortho_pack(&a.factors, a.packed + 32, 2016), LORA_ORTHO_MISALIGNED);
+    CHECK_EQ(lora_ortho_pack(&a.factors, a.packed, a.header().bytes - 1),
+             LORA_ORTHO_BUFFER_TOO_SMALL);
+    CHECK_EQ(lora_ortho_pack(&a.factors, a.packed, a.header().bytes), LORA_ORTHO_OK);
+}
+
+TEST(packed_factors_are_checked) {
+    CHECK_EQ(AFTER(called, a.packed_bytes = 8), LORA_ORTHO_BUFFER_TOO_SMALL);
+    CHECK_EQ(AFTER(called, a.packed_bytes = a.header().bytes - 1), LORA_ORTHO_BUFFER_TOO_SMALL);
+    CHECK_EQ(AFTER(called, a.header().magic ^= 1), LORA_ORTHO_BAD_PACKED);
+    CHECK_EQ(AFTER(called, a.header().method = 9), LORA_ORTHO_BAD_PACKED);
+    CHECK_EQ(AFTER(called, a.header().dtype = -1), LORA_ORTHO_BAD_PACKED);
+    CHECK_EQ(AFTER(called, a.header().isa = 0), LORA_ORTHO_BAD_PACKED);
+    CHECK_EQ(AFTER(called, a.header().isa = 6), LORA_ORTHO_BAD_PACKED);
+    CHECK_EQ(AFTER(called, a.header().adapters = 3), LORA_ORTHO_BAD_PACKED);
+    CHECK_EQ(AFTER(called, a.header().adapters = 0), LORA_ORTHO_BAD_PACKED);
+    CHECK_EQ(AFTER(called, a.header().d_in = 0), LORA_ORTHO_BAD_PACKED);
+    CHECK_EQ(AFTER(called, a.header().rank_sum = 1), LORA_ORTHO_BAD_PACKED);
+    CHECK_EQ(AFTER(called, a.header().ranks += 8), LORA_ORTHO_BAD_PACKED);
+    CHECK_EQ(AFTER(called, a.header().bytes = 64), LORA_ORTHO_BAD_PACKED);
+    CHECK_EQ(AFTER(called, a.header().isa = LORA_ORTHO_ISA_AMX), LORA_ORTHO_UNSUPPORTED_ISA);
+    CHECK_EQ(AFTER(called, fake.missing = true), LORA_ORTHO_UNSUPPORTED_ISA);
+    Arguments a;
+    std::size_t bytes;
+    CHECK_EQ(lora_ortho_backward_bytes(nullptr, 2048, &a.call, &bytes), LORA_ORTHO_NULL_POINTER);
+    CHECK_EQ(lora_ortho_backward_bytes(a.packed + 8, 2040, &a.call, &bytes), LORA_ORTHO_MISALIGNED);
+    alignas(64) unsigned char copy[sizeof a.packed];
+    std::memcpy(copy, a.packed, sizeof copy);
+    CHECK_EQ(lora_ortho_backward_bytes(copy, sizeof copy, &a.call, &bytes), LORA_ORTHO_OK);
+}
+
+TEST(calls_are_checked) {
+    constexpr std::int64_t kRows = std::int64_t{1} << 32, kCols = std::int64_t{1} << 35;
+    CHECK_EQ(AFTER(called, a.call.struct_version = 0), LORA_ORTHO_BAD_VERSION);
+    CHECK_EQ(AFTER(called, a.call.tokens = -1), LORA_ORTHO_BAD_SIZE);
+    CHECK_EQ(AFTER(called, a.call.threads = -1), LORA_ORTHO_BAD_SIZE);
+    CHECK_EQ(AFTER(called, a.call.sample = 1u << 24), LORA_ORTHO_BAD_COORDINATE);
+    CHECK_EQ(AFTER(called, a.call.row_offset = -1), LORA_ORTHO_BAD_COORDINATE);
+    CHECK_EQ(AFTER(called, a.call.col_offset = -8), LORA_ORTHO_BAD_COORDINATE);
+    CHECK_EQ(AFTER(called, a.call.row_offset = kRows - kTokens), LORA_ORTHO_OK);
+    CHECK_EQ(AFTER(called, a.call.row_offset = kRows - kTokens + 1), LORA_ORTHO_BAD_COORDINATE);
+    CHECK_EQ(AFTER(called, a.call.row_offset = kHuge), LORA_ORTHO_BAD_COORDINATE);
+    CHECK_EQ(AFTER(called, a.call.col_offset = kCols - kOut), LORA_ORTHO_OK);
+    CHECK_EQ(AFTER(called, a.call.col_offset = kCols - kOut + 1), LORA_ORTHO_BAD_COORDINATE);
+    CHECK_EQ(AFTER(called, a.call.col_offset = kHuge), LORA_ORTHO_BAD_COORDINATE);
+    CHECK_EQ(AFTER(called, a.call.tokens = kHuge), LORA_ORTHO_BAD_COORDINATE);
+    CHECK_EQ(AFTER(called, a.call.tokens = kRows; a.header().d_in = kCols), LORA_ORTHO_BAD_SIZE);
+    CHECK_EQ(AFTER(called, a.call.gains = nullptr), LORA_ORTHO_NULL_POINTER);
+    CHECK_EQ(AFTER(called, a.call.gains = shifted(a.gains, 4)), LORA_ORTHO_MISALIGNED);
+    CHECK_EQ(AFTER(called, a.gains[1] = NAN), LORA_ORTHO_BAD_GAIN);
+    CHECK_EQ(AFTER(called, a.gains[0] = INFINITY), LORA_ORTHO_BAD_GAIN);
+    Arguments a;
+    std::size_t bytes;
+    CHECK_EQ(lora_ortho_backward_bytes(a.packed, 2048, nullptr, &bytes), LORA_ORTHO_NULL_POINTER);
+    CHECK_EQ(lora_ortho_backward_bytes(a.packed, 2048, &a.call, nullptr), LORA_ORTHO_NULL_POINTER);
+}
+
+TEST(operands_are_checked) {
+    for (const auto function : {&Arguments::forward, &Arguments::backward}) {
+        CHECK_EQ(after(function, [](Arguments& a) { a.x.data = nullptr; }),
+                 LORA_ORTHO_NULL_POINTER);
+        CHECK_EQ(after(function, [](Arguments& a) { a.base.data = nullptr; }),
+                 LORA_ORTHO_NULL_POINTER);
+        CHECK_EQ(after(function, [](Arguments& a) { a.x.dtype = LORA_ORTHO_FLOAT64; }),
+                 LORA_ORTHO_BAD_DTYPE);
+        CHECK_EQ(after(function, [](Arguments& a) { a.base.dtype = 17; }), LORA_ORTHO_BAD_DTYPE);
+        CHECK_EQ(after(function, [](Arguments& a) { a.x.data = shifted(a.data, 1); }),
+                 LORA_ORTHO_MISALIGNED);
+        CHECK_EQ(after(function, [](Arguments& a) { a.x.row_stride = kHuge; }),
+                 LORA_ORTHO_BAD_SIZE);
+        CHECK_EQ(after(function, [](Arguments& a) { a.base.col_stride = kHuge / 8; }),
+                 LORA_ORTHO_BAD_SIZE);
+        CHECK_EQ(after(function, [](Arguments& a) { a.base.row_stride = a.base.col_stride = 0; }),
+                 LORA_ORTHO_OK);
+    }
+    Arguments a;
+    const auto forward = [&](const lora_ortho_matrix* x, void* y, void* s) {
+        return lora_ortho_forward(a.packed, 2048, &a.call, x, nullptr, y, s);
+    };
+    float* y = a.y.data();
+    float* s = a.s.data();
+    CHECK_EQ(forward(nullptr, y, s), LORA_ORTHO_NULL_POINTER);
+    CHECK_EQ(forward(&a.x, nullptr, s), LORA_ORTHO_NULL_POINTER);
+    CHECK_EQ(forward(&a.x, y, nullptr), LORA_ORTHO_NULL_POINTER);
+    CHECK_EQ(forward(&a.x, shifted(y, 2), s), LORA_ORTHO_MISALIGNED);
+    CHECK_EQ(forward(&a.x, y, shifted(s, 2)), LORA_ORTHO_MISALIGNED);
+    const auto backward = [&](const lora_ortho_matrix* grad, const void* saved, float* dx,
+                              float* dA, float* dB, double* dgains, void* workspace,
+                              std::size_t bytes) {
+        return lora_ortho_backward(a.packed, 2048, &a.call, grad, &a.x, saved, dx, dA, dB, dgains,
+                                   workspace, bytes);
+    };
+    float* dx = a.dx.data();
+    double* dgains = a.dgains.data();
+    const auto* g = &a.base;
+    void* w = a.workspace;
+    constexpr std::size_t n = kWorkspace;
+    CHECK_EQ(backward(nullptr, s, dx, dx, dx, dgains, w, n), LORA_ORTHO_NULL_POINTER);
+    CHECK_EQ(backward(g, nullptr, dx, dx, dx, dgains, w, n), LORA_ORTHO_NULL_POINTER);
+    CHECK_EQ(backward(g, shifted(s, 1), dx, dx, dx, dgains, w, n), LORA_ORTHO_MISALIGNED);
+    CHECK_EQ(backward(g, s, shifted(dx, 2), dx, dx, dgains, w, n), LORA_ORTHO_MISALIGNED);
+    CHECK_EQ(backward(g, s, dx, shifted(dx, 2), dx, dgains, w, n), LORA_ORTHO_MISALIGNED);
+    CHECK_EQ(backward(g, s, dx, dx, shifted(dx, 2), dgains, w, n), LORA_ORTHO_MISALIGNED);
+    CHECK_EQ(backward(g, s, dx, dx, dx, shifted(dgains, 4), w, n), LORA_ORTHO_MISALIGNED);
+    CHECK_EQ(backward(g, s, dx, dx, dx, dgains, nullptr, n), LORA_ORTHO_NULL_POINTER);
+    CHECK_EQ(backward(g, s, dx, dx, dx, dgains, shifted(w, 32), n - 32), LORA_ORTHO_MISALIGNED);
+    CHECK_EQ(backward(g, s, dx, dx, dx, dgains, w, n - 1), LORA_ORTHO_BUFFER_TOO_SMALL);
+    CHECK_EQ(fake.calls, 0);
+    CHECK(y[0] == kUntouched && dx[0] == kUntouched && dgains[0] == kUntouched);
+}
+
+TEST(no_tokens_need_no_memory_and_have_zero_gradients) {
+    Arguments a;
+    a.call.tokens = 0;
+    a.x.data = a.base.data = nullptr;
+    CHECK_EQ(lora_ortho_forward(a.packed, 2048, &a.call, &a.x, &a.base, nullptr, nullptr),
+             LORA_ORTHO_OK);
+    std::size_t bytes = 1;
+    CHECK_EQ(lora_ortho_backward_bytes(a.packed, 2048, &a.call, &bytes), LORA_ORTHO_OK);
+    CHECK_EQ(bytes, std::size_t{0});
+    CHECK_EQ(lora_ortho_backward(a.packed, 2048, &a.call, &a.base, &a.x, nullptr, nullptr,
+                                 a.dA.data(), a.dB.data(), a.dgains.data(), nullptr, 0),
+             LORA_ORTHO_OK);
+    for (const float value : a.dA) CHECK_EQ(value, 0.0f);
+    for (const float value : a.dB) CHECK_EQ(value, 0.0f);
+    for (const double value : a.dgains) CHECK_EQ(value, 0.0);
+    CHECK_EQ(fake.calls, 0);
+}
+
+TEST(exceptions_become_statuses) {
+    CHECK_EQ(AFTER(forward, fake.what = Throw::kBadAlloc), LORA_ORTHO_OUT_OF_MEMORY);
+    CHECK_EQ(AFTER(backward, fake.what = Throw::kBadAlloc), LORA_ORTHO_OUT_OF_MEMORY);
+    CHECK_EQ(AFTER(forward, fake.what = Throw::kOther), LORA_ORTHO_INTERNAL_ERROR);
+    CHECK_EQ(AFTER(backward, fake.what = Throw::kOther), LORA_ORTHO_INTERNAL_ERROR);
+    Arguments a;
+    fake.what = Throw::kBadAlloc;
+    CHECK_EQ(lora_ortho_pack(&a.factors, a.packed, a.packed_bytes), LORA_ORTHO_OUT_OF_MEMORY);
+}
+
+TEST(every_status_and_instruction_set_has_a_text) {
+    for (int status = LORA_ORTHO_OK; status <= LORA_ORTHO_INTERNAL_ERROR; ++status) {
+        const std::string text = lora_ortho_status_text(static_cast<lora_ortho_status>(status));
+        CHECK(!text.empty() && text != lora_ortho_status_text(static_cast<lora_ortho_status>(31)));
+        for (int other = LORA_ORTHO_OK; other < status; ++other) {
+            CHECK(text != lora_ortho_status_text(static_cast<lora_ortho_status>(other)));
+        }
+    }
+    CHECK_EQ(std::string(lora_ortho_isa_name(LORA_ORTHO_ISA_AMX)), "amx");
+    CHECK(std::string(lora_ortho_isa_name(static_cast<lora_ortho_isa>(7))).find("not") == 0);
+    fake = {};
+    CHECK_EQ(lora_ortho_best_isa(), LORA_ORTHO_ISA_BASELINE);
+    CHECK_EQ(lora_ortho_has_isa(LORA_ORTHO_ISA_AUTO), 1);
+    CHECK_EQ(lora_ortho_has_isa(LORA_ORTHO_ISA_BASELINE), 1);
+    CHECK_EQ(lora_ortho_has_isa(LORA_ORTHO_ISA_AVX2), 0);
+    CHECK_EQ(lora_ortho_has_isa(static_cast<lora_ortho_isa>(7)), 0);
+}

@@ -1,0 +1,42 @@
+"""Building and running native code from a test."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def environment(**extra: str) -> dict[str, str]:
+    """This process's environment, with the programs beside its Python first on PATH."""
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    return {**os.environ, "PATH": path, **extra}
+
+
+def run(command: Sequence[str | Path], cwd: Path = ROOT, **extra: str) -> str:
+    """Runs a program and returns what it prints; AssertionError with all of it if it fails."""
+    done = subprocess.run(
+        [str(word) for word in command],
+        cwd=cwd,
+        env=environment(**extra),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
+    words = " ".join(str(word) for word in command)
+    assert done.returncode == 0, f"{words}: exit status {done.returncode}\n{done.stdout}"
+    return done.stdout
+
+
+@cache
+def build(preset: str) -> Path:
+    """Configures and builds a preset of CMakePresets.json, once; its build folder."""
+    run(["cmake", "--preset", preset, "--fresh"])
+    run(["cmake", "--build", "--preset", preset])
+    return ROOT / "build" / preset

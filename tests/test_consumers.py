@@ -1,0 +1,165 @@
+"""Programs built outside the tree from an install prefix; the wheel with and without compiler."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+from native import ROOT, build, run
+
+# What an installation of the package is made from.
+SOURCES = [
+    *["CMakeLists.txt", "LICENSE", "MANIFEST.in", "README.md", "pyproject.toml", "setup.py"],
+    *["cmake", "csrc", "lora_ortho", "triton_kernels"],
+]
+
+
+@pytest.fixture(scope="module")
+def prefix(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`cmake --install` of the release build, then moved: nothing may remember where it was."""
+    folder = tmp_path_factory.mktemp("install")
+    run(["cmake", "--install", build("release"), "--prefix", folder / "first"])
+    return (folder / "first").rename(folder / "moved")
+
+
+def libdir(prefix: Path) -> Path:
+    """The folder of the installed libraries: lib, lib64 or a Debian triplet's."""
+    (library,) = prefix.glob("lib*/**/liblora_ortho.a")
+    return library.parent
+
+
+def test_installed_files(prefix: Path) -> None:
+    version = re.search(r'^version = "(.*)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    assert version
+    libraries = libdir(prefix)
+    major = version[1].split(".")[0]
+    assert os.readlink(libraries / "liblora_ortho.so") == f"liblora_ortho.so.{major}"
+    assert os.readlink(libraries / f"liblora_ortho.so.{major}") == f"liblora_ortho.so.{version[1]}"
+    dynamic = run(["readelf", "-d", libraries / "liblora_ortho.so"])
+    assert f"Library soname: [liblora_ortho.so.{major}]" in dynamic
+    assert "RPATH" not in dynamic
+    assert "RUNPATH" not in dynamic
+    headers = {path.name for path in (prefix / "include" / "lora_ortho").iterdir()}
+    assert headers == {"lora_ortho.h", "mask_stream.h"}
+    for text in [*prefix.rglob("*.cmake"), *prefix.rglob("*.pc")]:
+        assert str(ROOT) not in text.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("linkage", ["shared", "static"])
+def test_c_consumer_with_cmake(linkage: str, prefix: Path, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(ROOT / "examples" / "c_consumer", source)
+    if linkage == "static":
+        lists = source / "CMakeLists.txt"
+        text = lists.read_text(encoding="utf-8")
+        text = text.replace("lora_ortho::lora_ortho", "lora_ortho::static")
+        lists.write_text(text.replace("LANGUAGES C)", "LANGUAGES C CXX)"), encoding="utf-8")
+    folder = tmp_path / "build"
+    run(["cmake", "-G", "Ninja", "-S", source, "-B", folder, f"-DCMAKE_PREFIX_PATH={prefix}"])
+    run(["cmake", "--build", folder])
+    assert "largest difference from the formula" in run([folder / "c_consumer"])
+    linked = "liblora_ortho" in run(["readelf", "-d", folder / "c_consumer"])
+    assert linked == (linkage == "shared")
+
+
+def test_cmake_refuses_another_version(prefix: Path, tmp_path: Path) -> None:
+    lists = (ROOT / "examples" / "c_consumer" / "CMakeLists.txt").read_text(encoding="utf-8")
+    (tmp_path / "main.c").write_text("int main(void) { return 0; }\n", encoding="utf-8")
+    text = lists.replace("find_package(lora_ortho 0.1", "find_package(lora_ortho 99.0")
+    assert text != lists
+    (tmp_path / "CMakeLists.txt").write_text(text, encoding="utf-8")
+    command = ["cmake", "-S", tmp_path, "-B", tmp_path / "b", f"-DCMAKE_PREFIX_PATH={prefix}"]
+    with pytest.raises(AssertionError, match=r"compatible with requested\s+version"):
+        run(command)
+
+
+def test_cpp_consumer_with_pkg_config(prefix: Path, tmp_path: Path) -> None:
+    if shutil.which("pkg-config") is None:
+        pytest.skip("C++ consumer: pkg-config is not installed")
+    libraries = libdir(prefix)
+    where = str(libraries / "pkgconfig")
+    flags = run(["pkg-config", "--cflags", "--libs", "lora_ortho"], PKG_CONFIG_PATH=where).split()
+    assert f"-I{prefix}/" in " ".join(flags)
+    program, source = tmp_path / "cpp_consumer", ROOT / "examples" / "cpp_consumer" / "main.cpp"
+    run(["c++", "-std=c++17", "-Wall", "-Wextra", "-Werror", source, *flags, "-o", program])
+    assert "gradient of the gains" in run([program], LD_LIBRARY_PATH=str(libraries))
+
+
+# ---- the Python package
+
+
+def install(tmp_path: Path, **extra: str) -> Path:
+    """`pip install` of a copy of the sources into a folder of its own; that folder."""
+    source, target = tmp_path / "source", tmp_path / "target"
+    source.mkdir()
+    for name in SOURCES:
+        if (ROOT / name).is_dir():
+            ignored = shutil.ignore_patterns("__pycache__", "_C*")
+            shutil.copytree(ROOT / name, source / name, ignore=ignored)
+        else:
+            shutil.copy(ROOT / name, source / name)
+    options = ["--no-build-isolation", "--no-deps", "--no-index", "-v", "--target", str(target)]
+    output = run([sys.executable, "-m", "pip", "install", *options, str(source)], **extra)
+    (tmp_path / "output").write_text(output, encoding="utf-8")
+    return target
+
+
+def python(target: Path, code: str) -> str:
+    """What `code` prints under the package installed in `target`."""
+    assert "lora_ortho" in os.listdir(target)
+    begin = f"import sys; sys.path.insert(0, {str(target)!r}); import lora_ortho\n"
+    begin += f"assert lora_ortho.__file__.startswith({str(target)!r}), lora_ortho.__file__\n"
+    return run([sys.executable, "-c", begin + code], cwd=target)
+
+
+MERGE = """
+import torch
+A, B, x = [torch.randn(2, 6)] * 2, [torch.randn(5, 2)] * 2, torch.randn(3, 6)
+y = lora_ortho.fused_ortho_lora(x, A, B, seed=1)
+print("reference differs by", float((y - lora_ortho.fused_ortho_lora(
+    x, A, B, seed=1, backend="reference")).abs().max()) > 1e-5)
+"""
+
+
+def test_without_a_compiler(tmp_path: Path) -> None:
+    extra = {"CC": "/bin/false", "CXX": "/bin/false", "LORA_ORTHO_REQUIRE_NATIVE": "0"}
+    target = install(tmp_path, **extra)
+    output = (tmp_path / "output").read_text(encoding="utf-8")
+    assert "WARNING: lora_ortho is installed WITHOUT its compiled CPU kernels" in output
+    assert re.search(r"Reason: cmake ended with status 1: .*(?i:error)", output)
+    said = python(target, "print(lora_ortho.backends.available()['cpu'])" + MERGE)
+    assert re.search(r"not built: cmake ended with status 1", said)
+    assert "reference differs by False" in said
+
+
+def test_without_a_compiler_where_it_is_required(tmp_path: Path) -> None:
+    extra = {"CC": "/bin/false", "CXX": "/bin/false", "LORA_ORTHO_REQUIRE_NATIVE": "1"}
+    with pytest.raises(AssertionError, match="NativeBuildError: cmake ended with status 1"):
+        install(tmp_path, **extra)
+
+
+def test_wheel(tmp_path: Path) -> None:
+    target = install(tmp_path, LORA_ORTHO_REQUIRE_NATIVE="1")
+    assert (target / "lora_ortho" / "py.typed").exists()
+    assert not (target / "lora_ortho" / "_C.py").exists()
+    (extension,) = (target / "lora_ortho").glob("_C.*.so")
+    dynamic = run(["readelf", "-d", extension])
+    assert "PATH" not in dynamic
+    assert "liblora_ortho" not in dynamic
+    code = """
+import lora_ortho.triton_kernels
+from lora_ortho import _C
+assert lora_ortho.backends.available()["cpu"] is None
+assert lora_ortho.__version__ == _C.version() == VERSION, (lora_ortho.__version__, _C.version())
+maps = open("/proc/self/maps").read().split()
+print("libgomp:", len({word for word in maps if "libgomp" in word}))
+"""
+    (metadata,) = target.glob("lora_ortho-*.dist-info")
+    version = metadata.name.removeprefix("lora_ortho-").removesuffix(".dist-info")
+    said = python(target, code.replace("VERSION", repr(version)) + MERGE)
+    assert "libgomp: 1\n" in said
+    assert "reference differs by False" in said
