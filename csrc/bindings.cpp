@@ -169,8 +169,17 @@ public:
     std::string isa() const {
         return lora_ortho_isa_name(static_cast<lora_ortho_isa>(header().isa));
     }
-    // How the expand step works: all K products and a choice, or the owner's product alone.
-    std::string path() const { return header().path == 0 ? "dense" : "owner"; }
+    // How y is expanded, and what else runs on tiles: "owner", "tiles, tile shrink", ...
+    std::string path() const {
+        using namespace lora_ortho::cpu;
+        const std::int32_t bits = header().path;
+        std::string text = (bits & kExpandMask) == kExpandTiles   ? "tiles"
+                           : (bits & kExpandMask) == kExpandOwner ? "owner"
+                                                                  : "dense";
+        if (bits & kTileShrink) text += ", tile shrink";
+        if (bits & kTileBackward) text += ", tile backward";
+        return text;
+    }
     std::size_t nbytes() const { return bytes_; }
 
 private:

@@ -33,12 +33,6 @@ BackwardSizes backward_sizes(const Header& h, const lora_ortho_call& call) {
             align(reduce > rest ? reduce : rest), config, threads};
 }
 
-LORA_ORTHO_INLINE std::size_t backward_float_bytes(const Header& h, const lora_ortho_call& call) {
-    return (h.dtype == LORA_ORTHO_FLOAT64 ? backward_sizes<double>(h, call)
-                                          : backward_sizes<float>(h, call))
-        .total();
-}
-
 // For rows of one chunk: dgains_j += ds_j . s_j, then ds becomes (rank_sum) wide and scaled by the
 // gains, in place, its row pitch kept.
 template <class IO, class C>
@@ -61,6 +55,15 @@ LORA_ORTHO_INLINE void finish_ds(const Layout& l, const double* gains, const IO*
     }
 }
 
+// The shares of all chunks, in their order.
+LORA_ORTHO_INLINE void add_dgains(const Layout& l, std::int64_t chunks, const double* sums,
+                                  double* dgains) {
+    for (int j = 0; j < l.h.adapters; ++j) {
+        dgains[j] = 0;
+        for (std::int64_t c = 0; c < chunks; ++c) dgains[j] += sums[c * l.h.adapters + j];
+    }
+}
+
 // dx = ds A over rows [row0, row1).
 template <class IO, class C>
 void write_dx(const Layout& l, const C* ds, std::int64_t row0, std::int64_t row1, IO* dx,
@@ -72,7 +75,7 @@ void write_dx(const Layout& l, const C* ds, std::int64_t row0, std::int64_t row1
             const int rows = static_cast<int>(row1 - m < kRowBlock ? row1 - m : kRowBlock);
             const Products<C> all{ds + m * l.h.padded_rank_sum, l.h.padded_rank_sum,
                                   l.section<C>(3) + n / kPanel * panel, panel, l.h.rank_sum};
-            expand_products<C, Combine::kStore>(all, 0, rows, cols, t);
+            expand_all<C>(all, rows, cols, t);
             finish_block<IO, C>(t.sums[0], kColumnBlock, nullptr, m, rows, n, cols, l.h.d_in, dx);
         }
     }
@@ -109,7 +112,7 @@ void write_dA(const Layout& l, const C* ds, View<IO> x, std::int64_t tokens, std
         load_block(x, m, rows, col0, cols, kColumnPad, block, kColumnPad);
         for (std::int64_t r = 0; r < l.h.rank_sum; r += kRowBlock) {
             const std::int64_t left = l.h.rank_sum - r;
-            for_row_tiles<C>(static_cast<int>(left < kRowBlock ? left : kRowBlock),
+            for_row_tiles<Tile<C>::rows>(static_cast<int>(left < kRowBlock ? left : kRowBlock),
                              [&](auto mr, int i) __attribute__((always_inline)) {
                 constexpr int MR = decltype(mr)::value;
                 for (int n = 0; n < cols; n += NP * kPanel) {
@@ -152,11 +155,7 @@ void backward_float(const void* packed, const lora_ortho_call& call, const lora_
                                 *reinterpret_cast<ExpandScratch<C>*>(own));
         }
         team.barrier();
-        if (dgains && team.id == 0)
-            for (int j = 0; j < l.h.adapters; ++j) {
-                dgains[j] = 0;
-                for (std::int64_t c = 0; c < chunks; ++c) dgains[j] += sums[c * l.h.adapters + j];
-            }
+        if (dgains && team.id == 0) add_dgains(l, chunks, sums, dgains);
         const std::int64_t stripes = ceil_div(l.h.d_in, kColumnPad);
         C* block = reinterpret_cast<C*>(own + sizeof(ExpandScratch<C>));
         if (dA)

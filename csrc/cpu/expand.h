@@ -89,40 +89,8 @@ LORA_ORTHO_INLINE void finish_block(const C* sums, std::ptrdiff_t pitch, const V
     }
 }
 
-// Products of adapter j over the block; `keep` draws below `limit` select, others leave sums alone
-// (orthogonal) or add nothing (dropout).
-enum class Combine { kSelect, kAddKept, kStore };
-
-template <class C, int MR, int NP, Combine mode>
-LORA_ORTHO_INLINE void expand_tile(const C* s, std::ptrdiff_t s_row, const C* b,
-                                   std::ptrdiff_t b_panel, std::int64_t rank,
-                                   const std::uint32_t* draws, std::uint32_t last, C* sums) {
-    constexpr int NV = NP * kPanelVectors<C>;
-    Vec<C> acc[MR][NV] = {};
-    multiply<C, MR, NP>(s, s_row, 1, b, b_panel, kPanel, rank, acc);
-#pragma GCC unroll 16
-    for (int i = 0; i < MR; ++i)
-#pragma GCC unroll 16
-        for (int v = 0; v < NV; ++v) {
-            C* to = sums + i * kColumnBlock + v * kLanes<C>;
-            if constexpr (mode == Combine::kStore) {
-                store(to, acc[i][v]);
-            } else {
-                const std::uint32_t* at = draws + i * kColumnBlock + v * kLanes<C>;
-                const Vec<C> old = load(to);
-                if constexpr (sizeof(C) == 4) {
-                    const auto kept = load(at) <= splat(last);
-                    store(to, mode == Combine::kSelect ? (kept ? acc[i][v] : old)
-                                                       : (kept ? old + acc[i][v] : old));
-                } else {
-                    for (int lane = 0; lane < kLanes<C>; ++lane)
-                        if (at[lane] <= last)
-                            to[lane] = mode == Combine::kSelect ? acc[i][v][lane]
-                                                                : old[lane] + acc[i][v][lane];
-                }
-            }
-        }
-}
+// Which elements of the products reach the sums.
+enum class Combine { kAddKept, kStore, kAdd };
 
 // A block's operands: rows of a (scaled s), panels of b starting at the block's first column.
 template <class C>
@@ -134,16 +102,90 @@ struct Products {
     std::int64_t rank;
 };
 
-// Products over a block of rows by cols, combined into sums.
+// where[lane] <= last ? yes : no
+template <class C>
+LORA_ORTHO_INLINE Vec<C> select_kept(const std::uint32_t* where, std::uint32_t last, Vec<C> yes,
+                                     Vec<C> no) {
+    if constexpr (sizeof(C) == 4) {
+        return load(where) <= splat(last) ? yes : no;
+    } else {
+        for (int lane = 0; lane < kLanes<C>; ++lane) no[lane] = where[lane] <= last ? yes[lane] : no[lane];
+        return no;
+    }
+}
+
+// Products over a block of rows by cols, stored in sums, added to them, or added where the draw is at
+// most `last`.
 template <class C, Combine mode>
 LORA_ORTHO_INLINE void expand_products(const Products<C>& p, std::uint32_t last, int rows, int cols,
                                        ExpandScratch<C>& t) {
-    constexpr int NP = Tile<C>::panels;
-    for_row_tiles<C>(rows, [&](auto mr, int i) __attribute__((always_inline)) {
+    constexpr int NP = Tile<C>::panels, NV = NP * kPanelVectors<C>;
+    for_row_tiles<Tile<C>::rows>(rows, [&](auto mr, int i) __attribute__((always_inline)) {
         constexpr int MR = decltype(mr)::value;
-        for (int n = 0; n < cols; n += NP * kPanel)
-            expand_tile<C, MR, NP, mode>(p.a + i * p.a_row, p.a_row, p.b + n / kPanel * p.b_panel,
-                                         p.b_panel, p.rank, &t.wide[i][n], last, &t.sums[i][n]);
+        for (int n = 0; n < cols; n += NP * kPanel) {
+            Vec<C> acc[MR][NV] = {};
+            multiply<C, MR, NP>(p.a + i * p.a_row, p.a_row, 1, p.b + n / kPanel * p.b_panel, p.b_panel,
+                                kPanel, p.rank, acc);
+#pragma GCC unroll 16
+            for (int m = 0; m < MR; ++m)
+#pragma GCC unroll 16
+                for (int v = 0; v < NV; ++v) {
+                    const int at = n + v * kLanes<C>;
+                    C* to = &t.sums[i + m][at];
+                    if constexpr (mode == Combine::kStore)
+                        store(to, acc[m][v]);
+                    else if constexpr (mode == Combine::kAdd)
+                        store(to, load(to) + acc[m][v]);
+                    else
+                        store(to, select_kept<C>(&t.wide[i + m][at], last, load(to) + acc[m][v],
+                                                 load(to)));
+                }
+        }
+    });
+}
+
+// sums = all products. The error of a long sum grows with its length, so it is taken in steps.
+template <class C>
+LORA_ORTHO_INLINE void expand_all(Products<C> p, int rows, int cols, ExpandScratch<C>& t) {
+    constexpr std::int64_t kSumStep = 64;
+    const std::int64_t rank = p.rank;
+    for (std::int64_t k = 0; k < rank; k += kSumStep, p.a += kSumStep, p.b += kSumStep * kPanel) {
+        p.rank = rank - k < kSumStep ? rank - k : kSumStep;
+        if (k == 0)
+            expand_products<C, Combine::kStore>(p, 0, rows, cols, t);
+        else
+            expand_products<C, Combine::kAdd>(p, 0, rows, cols, t);
+    }
+}
+
+// Orthogonal: the products of every adapter, from the last down, so that the first threshold above the
+// draw decides; the results stay in registers meanwhile. `all.rank` is the distance between adapters.
+template <class C>
+LORA_ORTHO_INLINE void expand_owned(const Layout& l, const Products<C>& all, int rows, int cols,
+                                    ExpandScratch<C>& t) {
+    constexpr int NP = Tile<C>::panels, NV = NP * kPanelVectors<C>;
+    for_row_tiles<Tile<C>::select_rows>(rows, [&](auto mr, int i) __attribute__((always_inline)) {
+        constexpr int MR = decltype(mr)::value;
+        for (int n = 0; n < cols; n += NP * kPanel) {
+            Vec<C> result[MR][NV] = {};
+            for (int j = l.h.adapters - 1; j >= 0; --j) {
+                Vec<C> acc[MR][NV] = {};
+                multiply<C, MR, NP>(all.a + i * all.a_row + j * all.rank, all.a_row, 1,
+                                    all.b + n / kPanel * all.b_panel + j * all.rank * kPanel,
+                                    all.b_panel, kPanel, l.ranks[j], acc);
+#pragma GCC unroll 16
+                for (int m = 0; m < MR; ++m)
+#pragma GCC unroll 16
+                    for (int v = 0; v < NV; ++v)
+                        result[m][v] =
+                            select_kept<C>(&t.wide[i + m][n + v * kLanes<C>], l.thresholds[j] - 1,
+                                           acc[m][v], result[m][v]);
+            }
+#pragma GCC unroll 16
+            for (int m = 0; m < MR; ++m)
+#pragma GCC unroll 16
+                for (int v = 0; v < NV; ++v) store(&t.sums[i + m][n + v * kLanes<C>], result[m][v]);
+        }
     });
 }
 
@@ -159,32 +201,26 @@ LORA_ORTHO_INLINE void draw_block(const Draw& draw, int lane_set, std::int64_t r
         widen(draw.row(stream, row0 + i, col0, kColumnBlock, t.draws), t.wide[i]);
 }
 
-// One block of rows by kColumnBlock columns: all products, then the selection, from the last adapter
-// down, so that the first threshold above the draw decides.
+// One block of rows by kColumnBlock columns, all products.
 template <class C>
 LORA_ORTHO_INLINE void expand_dense(const Draw& draw, const C* scaled, std::int64_t row0, int rows,
                                     std::int64_t col0, int cols, ExpandScratch<C>& t) {
     const Layout& l = draw.l;
-    const int K = l.h.adapters;
     const std::ptrdiff_t b_panel = l.h.padded_rank_sum * kPanel;
-    const C* b = l.section<C>(1) + col0 / kPanel * b_panel;
+    Products<C> p{scaled, l.h.padded_rank_sum, l.section<C>(1) + col0 / kPanel * b_panel, b_panel, 0};
     if (l.h.method == LORA_ORTHO_DIRECT) {  // one product over all adapters; padding is zero
-        const Products<C> all{scaled, l.h.padded_rank_sum, b, b_panel, l.h.padded_rank_sum};
-        expand_products<C, Combine::kStore>(all, 0, rows, cols, t);
-        return;
-    }
-    std::memset(t.sums, 0, sizeof t.sums);
-    if (l.h.method == LORA_ORTHO_ORTHOGONAL) draw_block(draw, 0, row0, rows, col0, t);
-    for (int i = 0; i < K; ++i) {
-        const int j = l.h.method == LORA_ORTHO_ORTHOGONAL ? K - 1 - i : i;
-        const Products<C> one{scaled + j * l.padded, l.h.padded_rank_sum,
-                              b + j * l.padded * kPanel, b_panel, l.ranks[j]};
-        const std::uint32_t last = l.thresholds[j] - 1;
-        if (l.h.method == LORA_ORTHO_ORTHOGONAL) {
-            expand_products<C, Combine::kSelect>(one, last, rows, cols, t);
-        } else {
+        p.rank = l.h.padded_rank_sum;
+        expand_all<C>(p, rows, cols, t);
+    } else if (l.h.method == LORA_ORTHO_ORTHOGONAL) {
+        draw_block(draw, 0, row0, rows, col0, t);
+        p.rank = l.padded;
+        expand_owned<C>(l, p, rows, cols, t);
+    } else {
+        std::memset(t.sums, 0, sizeof t.sums);
+        for (int j = 0; j < l.h.adapters; ++j, p.a += l.padded, p.b += l.padded * kPanel) {
             draw_block(draw, j, row0, rows, col0, t);
-            expand_products<C, Combine::kAddKept>(one, last, rows, cols, t);
+            p.rank = l.ranks[j];
+            expand_products<C, Combine::kAddKept>(p, l.thresholds[j] - 1, rows, cols, t);
         }
     }
 }

@@ -3,6 +3,7 @@
 
 #include "cpu/expand_owner.h"
 #include "cpu/shrink.h"
+#include "cpu/tiles_shrink.h"
 
 namespace lora_ortho::cpu::LORA_ORTHO_ISA {
 
@@ -33,7 +34,7 @@ void expand_chunk(const Draw& draw, const IO* s, const View<IO>* base, std::int6
                l.h.padded_rank_sum * static_cast<std::int64_t>(sizeof(C)),
                [&](std::int64_t i, int height, std::int64_t n, int width) {
                    const C* block = scaled + i * l.h.padded_rank_sum;
-                   if (l.h.path == static_cast<std::int32_t>(Expand::kOwner))
+                   if ((l.h.path & kExpandMask) == kExpandOwner)
                        expand_owner<C>(draw, block, row0 + i, height, col0 + n, width, t);
                    else
                        expand_dense<C>(draw, block, row0 + i, height, col0 + n, width, t);
@@ -59,29 +60,63 @@ LORA_ORTHO_INLINE void for_chunks(const Team& team, std::int64_t tokens, std::in
     }
 }
 
+// The shrink of one call: on tiles or not, and the memory it needs for that.
+template <class IO>
+struct Shrink {
+    using C = typename ComputeOf<IO>::type;
+
+    Shrink(const Layout& layout, std::int64_t tokens)
+        : l(layout), tiles(shrinks_on_tiles<IO>(l.h, tokens)), config(shrink_config(l, tokens)) {
+        std::int64_t block = kRowBlock * config.step * static_cast<std::int64_t>(sizeof(C));
+#if defined(__AMX_BF16__)
+        if constexpr (kTiled<IO>)
+            if (tiles) {
+                config = tile_shrink_config<kPlanes<IO>>(l, tokens);
+                block = kTileBlock * left_pitch(config.step) * 2 * kPlanes<IO>;
+            }
+#endif
+        sum_bytes = static_cast<std::size_t>(config.sum_elements()) * sizeof(C);
+        member_bytes = sum_bytes + static_cast<std::size_t>(block);
+        shared_bytes = static_cast<std::size_t>(config.partial_elements()) * sizeof(C);
+    }
+
+    // Writes s. `own` is this member's memory, `shared` the team's. Ends with a barrier.
+    void run(View<IO> x, IO* s, const Team& team, char* own, char* shared) const {
+        C *sums = reinterpret_cast<C*>(own), *partials = reinterpret_cast<C*>(shared);
+        void* block = own + sum_bytes;
+#if defined(__AMX_BF16__)
+        if constexpr (kTiled<IO>)
+            if (tiles) return shrink_tiles<IO>(l, config, x, s, team, sums, partials, block);
+#endif
+        shrink<IO, C>(l, config, s, team, sums, partials,
+                      [&](std::int64_t row0, int rows, std::int64_t k0, std::int64_t steps, bool add,
+                          C* to) {
+                          shrink_step<IO, C>(l, x, row0, rows, k0, steps, add, to,
+                                             static_cast<C*>(block));
+                      });
+    }
+
+    const Layout& l;
+    bool tiles;
+    ShrinkConfig config;
+    std::size_t sum_bytes, member_bytes, shared_bytes;
+};
+
 template <class IO>
 void forward_float(const void* packed, const lora_ortho_call& call, const lora_ortho_matrix& x,
                    const lora_ortho_matrix* base, void* y, void* s) {
     using C = typename ComputeOf<IO>::type;
     const Layout l(packed);
     const int threads = team_size(call.threads);
-    const ShrinkConfig config = shrink_config(l, call.tokens);
-    const std::size_t sums = static_cast<std::size_t>(config.sum_elements()) * sizeof(C);
-    const std::size_t block = static_cast<std::size_t>(kRowBlock * config.step) * sizeof(C);
+    const Shrink<IO> first(l, call.tokens);
     const std::size_t expand = expand_scratch<C>(l);
-    Scratch scratch(sums + block > expand ? sums + block : expand, threads);
-    Scratch partials(static_cast<std::size_t>(config.partial_elements()) * sizeof(C), 1);
+    const Scratch scratch(first.member_bytes > expand ? first.member_bytes : expand, threads);
+    const Scratch shared(first.shared_bytes, 1);
     const Draw draw{call, l};
-    const View<IO> x_view = view_of<IO>(x), base_view = base ? view_of<IO>(*base) : View<IO>{};
+    const View<IO> base_view = base ? view_of<IO>(*base) : View<IO>{};
     IO* s_out = static_cast<IO*>(s);
     run_team(threads, [&](const Team& team) {
-        C* own = scratch.of<C>(team);
-        shrink<IO, C>(l, config, s_out, team, own, partials.of<C>(Team{0, 1}),
-                      [&](std::int64_t row0, int rows, std::int64_t k0, std::int64_t steps, bool add,
-                          C* to) {
-                          shrink_step<IO, C>(l, x_view, row0, rows, k0, steps, add, to,
-                                             own + config.sum_elements());
-                      });
+        first.run(view_of<IO>(x), s_out, team, scratch.of<char>(team), shared.of<char>(Team{0, 1}));
         auto& t = *scratch.of<ExpandScratch<C>>(team);
         C* scaled = reinterpret_cast<C*>(&t + 1);
         const std::int64_t chunk =

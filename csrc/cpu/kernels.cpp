@@ -3,6 +3,7 @@
 
 #include "cpu/backward.h"
 #include "cpu/forward.h"
+#include "cpu/tiles_backward.h"
 
 #define LORA_ORTHO_JOIN2(a, b) a##b
 #define LORA_ORTHO_JOIN(a, b) LORA_ORTHO_JOIN2(a, b)
@@ -12,11 +13,25 @@ namespace LORA_ORTHO_ISA {
 namespace {
 
 void plan(Header& h, const std::int64_t* ranks) {
-    h.dtype == LORA_ORTHO_FLOAT64 ? plan_float<double>(h, ranks) : plan_float<float>(h, ranks);
+    const std::int64_t padded = padded_rank(ranks, h.adapters);
+    h.padded_rank_sum = padded * h.adapters;
+    h.path = choose_path(h, padded);
+    h.bytes = h.arrays_end;
+    h.dtype == LORA_ORTHO_FLOAT64 ? plan_float<double>(h) : plan_float<float>(h);
+#if defined(__AMX_BF16__)
+    h.dtype == LORA_ORTHO_BFLOAT16 ? plan_tiles<1>(h) : plan_tiles<3>(h);
+#else
+    place_sections(h, 4, {0, 0, 0, 0});
+#endif
 }
 
 void pack(const lora_ortho_factors& f, void* packed) {
+    const Header& h = *static_cast<const Header*>(packed);
+    std::memset(static_cast<char*>(packed) + h.section[0], 0, h.bytes - h.section[0]);
     f.dtype == LORA_ORTHO_FLOAT64 ? pack_float<double>(f, packed) : pack_float<float>(f, packed);
+#if defined(__AMX_BF16__)
+    f.dtype == LORA_ORTHO_BFLOAT16 ? pack_tiles<1>(f, packed) : pack_tiles<3>(f, packed);
+#endif
 }
 
 // Calls body with a value of the storage type of the factors.
@@ -32,18 +47,37 @@ void with_storage(std::int32_t dtype, Body body) {
 
 void forward(const void* packed, const lora_ortho_call& call, const lora_ortho_matrix& x,
              const lora_ortho_matrix* base, void* y, void* s) {
-    with_storage(static_cast<const Header*>(packed)->dtype, [&](auto storage) {
+    const Header& h = *static_cast<const Header*>(packed);
+#if defined(__AMX_BF16__)
+    if ((h.path & kExpandMask) == kExpandTiles)
+        return forward_tiles<bfloat16>(packed, call, x, base, y, s);
+#endif
+    with_storage(h.dtype, [&](auto storage) {
         forward_float<decltype(storage)>(packed, call, x, base, y, s);
     });
 }
 
 std::size_t backward_bytes(const Header& h, const lora_ortho_call& call) {
-    return backward_float_bytes(h, call);
+#if defined(__AMX_BF16__)
+    if (backward_on_tiles(h, call.tokens))
+        return h.dtype == LORA_ORTHO_BFLOAT16
+                   ? TileBackwardSizes<1>(TileLayout(&h, 1), call).total()
+                   : TileBackwardSizes<3>(TileLayout(&h, 3), call).total();
+#endif
+    return h.dtype == LORA_ORTHO_FLOAT64 ? backward_sizes<double>(h, call).total()
+                                         : backward_sizes<float>(h, call).total();
 }
 
 void backward(const void* packed, const lora_ortho_call& call, const lora_ortho_matrix& grad,
               const lora_ortho_matrix& x, const void* s, void* dx, void* dA, void* dB,
               double* dgains, void* workspace) {
+#if defined(__AMX_BF16__)
+    const Header& h = *static_cast<const Header*>(packed);
+    if (backward_on_tiles(h, call.tokens))
+        return h.dtype == LORA_ORTHO_BFLOAT16
+                   ? backward_tiles<bfloat16>(packed, call, grad, x, s, dx, dA, dB, dgains, workspace)
+                   : backward_tiles<float>(packed, call, grad, x, s, dx, dA, dB, dgains, workspace);
+#endif
     with_storage(static_cast<const Header*>(packed)->dtype, [&](auto storage) {
         backward_float<decltype(storage)>(packed, call, grad, x, s, dx, dA, dB, dgains, workspace);
     });

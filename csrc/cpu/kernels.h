@@ -23,10 +23,9 @@ struct Header {
     std::size_t arrays_end;  // first free byte after them, a multiple of LORA_ORTHO_ALIGNMENT
 
     // Filled by Kernels::plan from the part above and the arrays.
-    std::int32_t path;             // which kernels serve this problem (launch_config.h)
+    std::int32_t path;             // which kernels serve this problem (Path of launch_config.h)
     std::int64_t padded_rank_sum;  // sum of the ranks as the kernels pad them
-    std::size_t padded_begin;      // int64, K + 1: exclusive prefix sums of the padded ranks
-    std::size_t section[4];        // offsets of the packed factors; their meaning depends on path
+    std::size_t section[8];        // offsets of the packed factors (packing.h, tiles_packing.h)
     std::size_t bytes;             // of the whole buffer
 };
 
@@ -39,10 +38,20 @@ T* array_at(void* packed, std::size_t offset) {
     return reinterpret_cast<T*>(static_cast<char*>(packed) + offset);
 }
 
+// Header::path: how y is expanded in the low bits, and what runs on tiles of bfloat16.
+enum PathBits : std::int32_t {
+    kExpandDense = 0,  // all K products of an element, then a selection
+    kExpandOwner = 1,  // the product with its owner's factors
+    kExpandTiles = 2,  // dense, on tiles
+    kExpandMask = 3,
+    kTileShrink = 4,    // where there are tokens enough
+    kTileBackward = 8,
+};
+
 struct Kernels {
     // Fills the second part of the header. `ranks` are those of the factors.
     void (*plan)(Header& header, const std::int64_t* ranks);
-    // Writes the padded_begin array and all sections. The header and api.cpp's arrays are in place.
+    // Writes all sections. The header and api.cpp's arrays are in place.
     void (*pack)(const lora_ortho_factors& factors, void* packed);
     void (*forward)(const void* packed, const lora_ortho_call& call, const lora_ortho_matrix& x,
                     const lora_ortho_matrix* base, void* y, void* s);

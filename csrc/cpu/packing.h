@@ -1,4 +1,5 @@
-// Packed factors of the float kernels, in the compute type C:
+// Packed factors of the float kernels, in the compute type C; sections that the path does not need are
+// empty:
 //   section 0  A by panels   [ceil(rank_sum / kPanel)][d_in][kPanel]      shrink
 //   section 1  B by panels   [d_out padded / kPanel][K * padded][kPanel]  expand, dense
 //   section 2  B by rows     [d_out][K * padded]                          expand, owner; backward
@@ -36,24 +37,25 @@ struct Layout {
     std::int64_t panels;  // of A
 };
 
-template <class C>
-void plan_float(Header& h, const std::int64_t* ranks) {
-    const std::int64_t padded = padded_rank(ranks, h.adapters);
-    h.padded_rank_sum = padded * h.adapters;
-    h.path = static_cast<std::int32_t>(expand_path(h, padded));
-    const std::int64_t elements[4] = {
-        ceil_div(h.rank_sum, kPanel) * h.d_in * kPanel,
-        round_up(h.d_out, kColumnPad) * h.padded_rank_sum,
-        h.d_out * h.padded_rank_sum,
-        h.rank_sum * round_up(h.d_in, kColumnPad),
-    };
-    std::size_t end = h.arrays_end;
+// Gives sections [first, first + 4) their offsets and moves the end of the buffer.
+LORA_ORTHO_INLINE void place_sections(Header& h, int first, const std::int64_t (&bytes)[4]) {
     for (int i = 0; i < 4; ++i) {
-        h.section[i] = end;
-        end += static_cast<std::size_t>(round_up(elements[i] * static_cast<std::int64_t>(sizeof(C)),
-                                                 LORA_ORTHO_ALIGNMENT));
+        h.section[first + i] = h.bytes;
+        h.bytes += static_cast<std::size_t>(round_up(bytes[i], LORA_ORTHO_ALIGNMENT));
     }
-    h.bytes = end;
+}
+
+template <class C>
+void plan_float(Header& h) {
+    const std::int32_t expand = h.path & kExpandMask;
+    const std::int64_t size = sizeof(C);
+    place_sections(h, 0,
+                   {expand == kExpandTiles ? 0 : ceil_div(h.rank_sum, kPanel) * h.d_in * kPanel * size,
+                    expand == kExpandDense
+                        ? round_up(h.d_out, kColumnPad) * h.padded_rank_sum * size
+                        : 0,
+                    h.d_out * h.padded_rank_sum * size,
+                    h.rank_sum * round_up(h.d_in, kColumnPad) * size});
 }
 
 // Element (i, j) of a factor, whatever its storage type.
@@ -67,32 +69,32 @@ LORA_ORTHO_INLINE double element(const lora_ortho_matrix& m, std::int64_t i, std
     }
 }
 
+// Sections 0 to 3. The buffer is zeroed.
 template <class C>
 void pack_float(const lora_ortho_factors& f, void* packed) {
     const Layout l(packed);
-    char* out = static_cast<char*>(packed);
-    std::memset(out + l.h.section[0], 0, l.h.bytes - l.h.section[0]);
-    C* a_panels = reinterpret_cast<C*>(out + l.h.section[0]);
-    C* b_panels = reinterpret_cast<C*>(out + l.h.section[1]);
-    C* b_rows = reinterpret_cast<C*>(out + l.h.section[2]);
-    C* a_columns = reinterpret_cast<C*>(out + l.h.section[3]);
+    auto section = [&](int i) {
+        char* at = static_cast<char*>(packed) + l.h.section[i];
+        return l.h.section[i] == l.h.section[i + 1] ? nullptr : reinterpret_cast<C*>(at);
+    };
+    C *a_panels = section(0), *b_panels = section(1), *b_rows = section(2), *a_columns = section(3);
     for (int j = 0; j < f.adapters; ++j) {
         for (std::int64_t k = 0; k < l.ranks[j]; ++k) {
             const std::int64_t r = l.rank_begin[j] + k;
-            C* panel = a_panels + (r / kPanel) * l.h.d_in * kPanel + r % kPanel;
-            C* column = a_columns + r * kPanel;
-            for (std::int64_t i = 0; i < l.h.d_in; ++i)
-                panel[i * kPanel] = column[(i / kPanel) * l.h.rank_sum * kPanel + i % kPanel] =
-                    static_cast<C>(element(f.lora_A[j], k, i));
-        }
-        for (std::int64_t n = 0; n < l.h.d_out; ++n) {
-            C* panel = b_panels + (n / kPanel) * l.h.padded_rank_sum * kPanel + n % kPanel;
-            C* row = b_rows + n * l.h.padded_rank_sum;
-            for (std::int64_t k = 0; k < l.ranks[j]; ++k) {
-                const std::int64_t at = j * l.padded + k;
-                panel[at * kPanel] = row[at] = static_cast<C>(element(f.lora_B[j], n, k));
+            for (std::int64_t i = 0; i < l.h.d_in; ++i) {
+                const C a = static_cast<C>(element(f.lora_A[j], k, i));
+                if (a_panels) a_panels[((r / kPanel) * l.h.d_in + i) * kPanel + r % kPanel] = a;
+                a_columns[((i / kPanel) * l.h.rank_sum + r) * kPanel + i % kPanel] = a;
             }
         }
+        for (std::int64_t n = 0; n < l.h.d_out; ++n)
+            for (std::int64_t k = 0; k < l.ranks[j]; ++k) {
+                const std::int64_t at = j * l.padded + k;
+                const C b = static_cast<C>(element(f.lora_B[j], n, k));
+                if (b_panels)
+                    b_panels[((n / kPanel) * l.h.padded_rank_sum + at) * kPanel + n % kPanel] = b;
+                b_rows[n * l.h.padded_rank_sum + at] = b;
+            }
     }
 }
 

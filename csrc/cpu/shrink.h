@@ -73,7 +73,7 @@ void shrink_step(const Layout& l, View<IO> x, std::int64_t row0, int rows, std::
         } else {
             load_block(x, row0 + i0, count, k0, steps, steps, block, steps);
         }
-        for_row_tiles<C>(count, [&](auto mr, int i) __attribute__((always_inline)) {
+        for_row_tiles<Tile<C>::rows>(count, [&](auto mr, int i) __attribute__((always_inline)) {
             constexpr int MR = decltype(mr)::value;
             constexpr int wide = Tile<C>::wide_panels;
             const C* from = in + i * in_row;

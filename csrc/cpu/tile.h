@@ -15,18 +15,19 @@ constexpr int kRowBlock = 8;
 template <class C>
 constexpr int kPanelVectors = kPanel / kLanes<C>;
 
-// Registers: rows * panels * kPanelVectors accumulators, one row of b, one broadcast.
+// Registers: rows * panels * kPanelVectors accumulators, one row of b, one broadcast; select_rows where
+// as many results are kept beside the accumulators.
 template <class C>
 struct Tile {
 #if defined(__AVX512F__)
-    static constexpr int rows = 8;
+    static constexpr int rows = 8, select_rows = 4;
     static constexpr int panels = sizeof(C) == 4 ? 2 : 1;
     static constexpr int wide_panels = sizeof(C) == 4 ? 3 : 1;
 #elif defined(__AVX2__)
-    static constexpr int rows = sizeof(C) == 4 ? 4 : 2;
+    static constexpr int rows = sizeof(C) == 4 ? 4 : 2, select_rows = sizeof(C) == 4 ? 2 : 1;
     static constexpr int panels = 1, wide_panels = 1;
 #else
-    static constexpr int rows = sizeof(C) == 4 ? 2 : 1;
+    static constexpr int rows = sizeof(C) == 4 ? 2 : 1, select_rows = 1;
     static constexpr int panels = 1, wide_panels = 1;
 #endif
 };
@@ -60,9 +61,8 @@ template <int N>
 struct Int {
     static constexpr int value = N;
 };
-template <class C, class Body>
+template <int MR, class Body>
 LORA_ORTHO_INLINE void for_row_tiles(int rows, Body body) {
-    constexpr int MR = Tile<C>::rows;
     int i = 0;
     for (; i + MR <= rows; i += MR) body(Int<MR>{}, i);
     if constexpr (MR > 4)

@@ -1,73 +1,12 @@
-// Forward of the tile kernels: bfloat16, and float32 in three planes where AMX is.
+// Forward of the tile kernels.
 #pragma once
 
 #include "cpu/forward.h"
-#include "cpu/tiles_packing.h"
+#include "cpu/tiles_shrink.h"
 
-#if defined(__AVX512BF16__)
+#if defined(__AMX_BF16__)
 
 namespace lora_ortho::cpu::LORA_ORTHO_ISA {
-
-// A block of products.
-constexpr int kTileBlock = 2 * kTile, kTileColumns = 4 * kTile;
-
-template <int P>
-LORA_ORTHO_INLINE ShrinkConfig tile_shrink_config(const Layout& l, std::int64_t tokens) {
-    const std::int64_t fit = (std::int64_t{512} << 10) / (l.panels * kPanel * 4) / 32 * 32;
-    return {l, tokens, P == 1 ? 256 : 128, fit > 256 ? 256 : fit < 32 ? 32 : fit, 32};
-}
-
-// Elements between the rows of a left operand: an odd number of cache lines, so that the rows of a tile
-// do not meet in one set of the cache.
-LORA_ORTHO_INLINE std::int64_t left_pitch(std::int64_t steps) {
-    return round_up(steps, 2 * kTileSteps) + kTileSteps;
-}
-
-// A left operand of `rows` rows and `steps` steps in P planes, zero beyond them up to `padded_rows` and
-// to whole blocks. Whole rows may be used where they lie if `direct`.
-template <class IO, int P>
-LORA_ORTHO_INLINE Left load_left(View<IO> view, std::int64_t row0, int rows, int padded_rows,
-                                 std::int64_t k0, std::int64_t steps, bool direct, bfloat16* block) {
-    const std::int64_t pitch = left_pitch(steps), plane = padded_rows * pitch;
-    if constexpr (P == 1)
-        if (direct && view.col == 1 && rows == padded_rows && steps % kTileSteps == 0)
-            return {view.at(row0, k0), 2 * view.row, 2 * kTileSteps, 0};
-    for (int i = 0; i < padded_rows; ++i) {
-        bfloat16* to = block + i * pitch;
-        std::int64_t k = 0;
-        if (i < rows) {
-            const IO* from = view.at(row0 + i, k0);
-            if (view.col == 1) {
-                for (; k + kTileSteps <= steps; k += kTileSteps) {
-                    if constexpr (P == 1)
-                        std::memcpy(to + k, from + k, 2 * kTileSteps);
-                    else
-                        split<P>(load_compute(from + k), load_compute(from + k + kTile), to + k,
-                                 plane);
-                }
-            }
-            for (; k < steps; ++k) split_one<P>(to_compute(from[k * view.col]), to + k, plane);
-        }
-        for (; k < round_up(steps, kTileSteps); ++k)
-            for (int p = 0; p < P; ++p) to[p * plane + k].bits = 0;
-    }
-    return {block, 2 * pitch, 2 * kTileSteps, 2 * plane};
-}
-
-template <class IO, int P>
-void tile_shrink_step(const TileLayout& l, View<IO> x, std::int64_t row0, int rows, std::int64_t k0,
-                      std::int64_t steps, bool add, float* sums, bfloat16* block) {
-    const Right a = l.right(0, k0 / kTileSteps, 0);
-    // Rows a multiple of 1 KiB apart meet in few sets of the cache: copied if they are read often.
-    const bool direct = x.row % 512 != 0 || l.panels <= 4;
-    for (int i = 0; i < rows; i += kTileBlock) {
-        const int count = rows - i < kTileBlock ? rows - i : kTileBlock;
-        const int padded = count > kTile ? kTileBlock : kTile;
-        const Left left = load_left<IO, P>(x, row0 + i, count, padded, k0, steps, direct, block);
-        product_rows<P>(left, a, ceil_div(steps, kTileSteps), padded, l.panels,
-                        sums + i * l.panels * kPanel, l.panels * kPanel, add);
-    }
-}
 
 struct TileScratch {
     alignas(64) std::uint16_t draws[kTileBlock][kTileColumns + kDrawSlack];
@@ -140,10 +79,10 @@ LORA_ORTHO_INLINE void tile_expand_block(const TileLayout& l, const Draw& draw, 
                         __attribute__((always_inline)) {
         const Left a{bytes_at(scaled.data, 2 * kTileSteps * first), scaled.row, scaled.step,
                      scaled.plane};
-        product_rows<P>(a, l.right(1, first, col0 / kTile), blocks, rows, ceil_div(cols, kTile), out,
+        product_rows<P>(a, l.right(5, first, col0 / kTile), blocks, rows, ceil_div(cols, kTile), out,
                         kTileColumns, false);
     };
-    if (method == LORA_ORTHO_DIRECT) return products(0, l.blocks(1), t.sums[0]);
+    if (method == LORA_ORTHO_DIRECT) return products(0, l.blocks(5), t.sums[0]);
     const std::int64_t blocks = l.wide / kTileSteps;
     // Orthogonal: from the last adapter down, so that the first threshold above the draw decides.
     auto adapter = [&](int i) { return orthogonal ? K - 1 - i : i; };
@@ -173,25 +112,16 @@ void forward_tiles(const void* packed, const lora_ortho_call& call, const lora_o
     constexpr int P = kPlanes<IO>;
     const TileLayout l(packed, P);
     const int threads = team_size(call.threads);
-    const ShrinkConfig config = tile_shrink_config<P>(l, call.tokens);
-    const std::size_t sums = static_cast<std::size_t>(config.sum_elements()) * sizeof(float);
-    const std::size_t block = static_cast<std::size_t>(kTileBlock * left_pitch(config.step) * 2 * P);
+    const Shrink<IO> first(l, call.tokens);
     const std::size_t expand = tile_expand_scratch<P>(l);
-    Scratch scratch(sums + block > expand ? sums + block : expand, threads);
-    Scratch partials(static_cast<std::size_t>(config.partial_elements()) * sizeof(float), 1);
+    const Scratch scratch(first.member_bytes > expand ? first.member_bytes : expand, threads);
+    const Scratch shared(first.shared_bytes, 1);
     const Draw draw{call, l};
-    const View<IO> x_view = view_of<IO>(x), base_view = base ? view_of<IO>(*base) : View<IO>{};
+    const View<IO> base_view = base ? view_of<IO>(*base) : View<IO>{};
     IO* s_out = static_cast<IO*>(s);
     run_team(threads, [&](const Team& team) {
+        first.run(view_of<IO>(x), s_out, team, scratch.of<char>(team), shared.of<char>(Team{0, 1}));
         const TileState state;
-        float* own = scratch.of<float>(team);
-        shrink<IO, float>(l, config, s_out, team, own, partials.of<float>(Team{0, 1}),
-                          [&](std::int64_t row0, int rows, std::int64_t k0, std::int64_t steps,
-                              bool add, float* to) {
-                              tile_shrink_step<IO, P>(
-                                  l, x_view, row0, rows, k0, steps, add, to,
-                                  reinterpret_cast<bfloat16*>(own + config.sum_elements()));
-                          });
         auto& t = *scratch.of<TileScratch>(team);
         auto* scaled = reinterpret_cast<bfloat16*>(&t + 1);
         for_chunks(team, call.tokens, l.h.d_out, tile_rows_per_chunk<P>(l),

@@ -1,19 +1,20 @@
-// Packed factors of the tile kernels, all right operands of P bfloat16 planes (tiles.h):
-//   section 0  A       steps d_in,                 columns rank_sum       shrink
-//   section 1  B       steps K * wide,             columns d_out          expand
-//   section 2  B^T     steps d_out,                columns K * narrow     backward, ds
-//   section 3  A^T     steps K * narrow rounded up, columns d_in          backward, dx
+// Packed factors of the tile kernels, all right operands of P bfloat16 planes (tiles.h); sections that
+// the path does not need are empty:
+//   section 4  A       steps d_in,                 columns rank_sum       shrink
+//   section 5  B       steps K * wide,             columns d_out          expand
+//   section 6  B^T     steps d_out,                columns K * narrow     backward, ds
+//   section 7  A^T     steps K * narrow,           columns d_in           backward, dx
 // wide and narrow are the largest rank rounded up to kTileSteps and to kTile; padding holds zeros.
 #pragma once
 
 #include "cpu/packing.h"
 #include "cpu/tiles.h"
 
-#if defined(__AVX512BF16__)
+#if defined(__AMX_BF16__)
 
 namespace lora_ortho::cpu::LORA_ORTHO_ISA {
 
-constexpr std::int32_t kTilePath = 2;  // Header::path beside those of Expand
+constexpr int kTileSection = 4;
 
 struct TileLayout : Layout {
     TileLayout(const void* packed, int planes)
@@ -27,7 +28,7 @@ struct TileLayout : Layout {
     // Blocks of steps of a section.
     std::int64_t blocks(int section) const {
         const std::int64_t steps[4] = {h.d_in, wide_sum, h.d_out, narrow_sum};
-        return ceil_div(steps[section], kTileSteps);
+        return ceil_div(steps[section - kTileSection], kTileSteps);
     }
     // The right operand that starts at a block of steps and a tile of columns.
     Right right(int section, std::int64_t block, std::int64_t tile) const {
@@ -41,46 +42,45 @@ struct TileLayout : Layout {
 };
 
 template <int P>
-void plan_tiles(Header& h, const std::int64_t* ranks) {
-    const std::int64_t narrow = padded_rank(ranks, h.adapters);
-    const std::int64_t K = h.adapters, wide = round_up(narrow, kTileSteps);
-    h.padded_rank_sum = narrow * K;
-    h.path = kTilePath;
-    const std::int64_t steps[4] = {h.d_in, wide * K, h.d_out, narrow * K};
-    const std::int64_t columns[4] = {h.rank_sum, h.d_out, narrow * K, h.d_in};
-    std::size_t end = h.arrays_end;
-    for (int i = 0; i < 4; ++i) {
-        h.section[i] = end;
-        end += static_cast<std::size_t>(round_up(columns[i], kColumnPad) / kTile * P *
-                                        ceil_div(steps[i], kTileSteps) * kTileBytes);
-    }
-    h.bytes = end;
+void plan_tiles(Header& h) {
+    const std::int64_t K = h.adapters, narrow = h.padded_rank_sum / K;
+    auto bytes = [&](bool wanted, std::int64_t steps, std::int64_t columns) {
+        return wanted ? round_up(columns, kColumnPad) / kTile * P * ceil_div(steps, kTileSteps) *
+                            kTileBytes
+                      : std::int64_t{0};
+    };
+    const bool backward = h.path & kTileBackward;
+    place_sections(h, kTileSection,
+                   {bytes(h.path & kTileShrink, h.d_in, h.rank_sum),
+                    bytes((h.path & kExpandMask) == kExpandTiles, round_up(narrow, kTileSteps) * K,
+                          h.d_out),
+                    bytes(backward, h.d_out, narrow * K), bytes(backward, narrow * K, h.d_in)});
 }
 
+// Sections 4 to 7. The buffer is zeroed.
 template <int P>
 void pack_tiles(const lora_ortho_factors& f, void* packed) {
     const TileLayout l(packed, P);
-    char* out = static_cast<char*>(packed);
-    std::memset(out + l.h.section[0], 0, l.h.bytes - l.h.section[0]);
     auto put = [&](int section, std::int64_t step, std::int64_t column, float value)
                    __attribute__((always_inline)) {
         const std::int64_t blocks = l.blocks(section);
-        split_one<P>(value,
-                     reinterpret_cast<bfloat16*>(out + l.h.section[section]) +
-                         right_index(step, column, blocks, P),
+        char* at = static_cast<char*>(packed) + l.h.section[section];
+        split_one<P>(value, reinterpret_cast<bfloat16*>(at) + right_index(step, column, blocks, P),
                      blocks * (kTileBytes / 2));
     };
+    const bool shrink = l.h.path & kTileShrink, backward = l.h.path & kTileBackward;
+    const bool expand = (l.h.path & kExpandMask) == kExpandTiles;
     for (int j = 0; j < f.adapters; ++j)
         for (std::int64_t k = 0; k < l.ranks[j]; ++k) {
             for (std::int64_t i = 0; i < l.h.d_in; ++i) {
                 const float a = static_cast<float>(element(f.lora_A[j], k, i));
-                put(0, i, l.rank_begin[j] + k, a);
-                put(3, j * l.narrow + k, i, a);
+                if (shrink) put(4, i, l.rank_begin[j] + k, a);
+                if (backward) put(7, j * l.narrow + k, i, a);
             }
             for (std::int64_t n = 0; n < l.h.d_out; ++n) {
                 const float b = static_cast<float>(element(f.lora_B[j], n, k));
-                put(1, j * l.wide + k, n, b);
-                put(2, n, j * l.narrow + k, b);
+                if (expand) put(5, j * l.wide + k, n, b);
+                if (backward) put(6, n, j * l.narrow + k, b);
             }
         }
 }
