@@ -10,6 +10,11 @@
 #include <string>
 #include <vector>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#include <unistd.h>
+#endif
+
 #include "cpu/kernels.h"
 #include "lora_ortho/lora_ortho.h"
 
@@ -220,6 +225,17 @@ void draws(const py::int_& seed, std::int64_t row0, std::int64_t rows, std::int6
                              static_cast<std::uint16_t*>(as_pointer(out))));
 }
 
+// Asks for huge pages where a large output will lie: faults on small pages cost more than the merge.
+void advise_huge_pages(Address start, std::size_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+    const Address page = static_cast<Address>(sysconf(_SC_PAGESIZE));
+    const Address begin = (start + page - 1) / page * page, end = (start + bytes) / page * page;
+    if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#else
+    (void)start, (void)bytes;
+#endif
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -233,6 +249,8 @@ PYBIND11_MODULE(_C, m) {
     m.def("draws", &draws, arg("seed"), arg("row0"), arg("rows"), arg("col0"), arg("cols"),
           arg("stream"), arg("sample"), arg("lane_set"), arg("out_ptr"),
           "Writes the rows x cols uint16 draws, row-major, to out_ptr.");
+    m.def("advise_huge_pages", &advise_huge_pages, arg("ptr"), arg("nbytes"),
+          "Asks the system for huge pages in a buffer; does nothing where it has none.");
     py::class_<Packed>(m, "Packed", "The packed factors of one layer.")
         .def(py::init<const std::string&, const std::string&, std::int64_t, std::int64_t,
                       const std::vector<std::int64_t>&, const std::vector<std::uint32_t>&,

@@ -149,7 +149,7 @@ Status check_call(const Header& header, const lora_ortho_call* call) {
     if (c.struct_version != LORA_ORTHO_STRUCT_VERSION) return LORA_ORTHO_BAD_VERSION;
     if (c.tokens < 0 || c.threads < 0) return LORA_ORTHO_BAD_SIZE;
     if (c.sample >= LORA_ORTHO_SAMPLE_LIMIT || c.row_offset < 0 || c.col_offset < 0 ||
-        c.row_offset > LORA_ORTHO_ROW_LIMIT || c.tokens > LORA_ORTHO_ROW_LIMIT - c.row_offset ||
+        c.tokens > LORA_ORTHO_ROW_LIMIT - c.row_offset ||
         c.col_offset > LORA_ORTHO_COL_LIMIT - header.d_out) {
         return LORA_ORTHO_BAD_COORDINATE;
     }

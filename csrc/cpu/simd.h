@@ -140,10 +140,15 @@ LORA_ORTHO_INLINE void from_compute(float x, float16* out) {
 LORA_ORTHO_INLINE Vec<float> load_compute(const float* p) { return load(p); }
 LORA_ORTHO_INLINE Vec<double> load_compute(const double* p) { return load(p); }
 LORA_ORTHO_INLINE Vec<float> load_compute(const bfloat16* p) {
+#if defined(__AVX512F__)
+    const __m256i h = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    return (Vec<float>)_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16);
+#else
     typedef std::uint16_t half __attribute__((vector_size(kVectorBytes / 2)));
     half h;
     __builtin_memcpy(&h, p, sizeof h);
     return reinterpret_cast<Vec<float>>(__builtin_convertvector(h, Vec<std::uint32_t>) << 16);
+#endif
 }
 LORA_ORTHO_INLINE Vec<float> load_compute(const float16* p) {
 #if defined(__AVX512F__)
@@ -160,12 +165,16 @@ LORA_ORTHO_INLINE Vec<float> load_compute(const float16* p) {
 LORA_ORTHO_INLINE void store_compute(float* p, Vec<float> v) { store(p, v); }
 LORA_ORTHO_INLINE void store_compute(double* p, Vec<double> v) { store(p, v); }
 LORA_ORTHO_INLINE void store_compute(bfloat16* p, Vec<float> v) {
-    typedef std::uint16_t half __attribute__((vector_size(kVectorBytes / 2)));
     using U = Vec<std::uint32_t>;
     const U u = reinterpret_cast<U>(v);
     const U rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
     const U result = (u & 0x7fffffffu) > 0x7f800000u ? (u >> 16) | 0x40u : rounded;
+#if defined(__AVX512F__)
+    const __m256i h = _mm512_cvtepi32_epi16((__m512i)result);
+#else
+    typedef std::uint16_t half __attribute__((vector_size(kVectorBytes / 2)));
     const half h = __builtin_convertvector(result, half);
+#endif
     __builtin_memcpy(p, &h, sizeof h);
 }
 LORA_ORTHO_INLINE void store_compute(float16* p, Vec<float> v) {

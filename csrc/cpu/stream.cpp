@@ -90,9 +90,9 @@ lora_ortho_status lora_ortho_draws(uint64_t seed, int64_t row0, int64_t rows, in
                                    int64_t cols, uint32_t stream, uint32_t sample,
                                    uint32_t lane_set, uint16_t* out) {
     if (rows < 0 || cols < 0) return LORA_ORTHO_BAD_SIZE;
-    if (row0 < 0 || row0 > LORA_ORTHO_ROW_LIMIT || rows > LORA_ORTHO_ROW_LIMIT - row0 || col0 < 0 ||
-        col0 > LORA_ORTHO_COL_LIMIT || cols > LORA_ORTHO_COL_LIMIT - col0 ||
-        sample >= LORA_ORTHO_SAMPLE_LIMIT || lane_set >= LORA_ORTHO_LANE_SET_LIMIT) {
+    if (row0 < 0 || rows > LORA_ORTHO_ROW_LIMIT - row0 || col0 < 0 ||
+        cols > LORA_ORTHO_COL_LIMIT - col0 || sample >= LORA_ORTHO_SAMPLE_LIMIT ||
+        lane_set >= LORA_ORTHO_LANE_SET_LIMIT) {
         return LORA_ORTHO_BAD_COORDINATE;
     }
     if (!fits(rows, cols, sizeof(std::uint16_t))) return LORA_ORTHO_BAD_SIZE;

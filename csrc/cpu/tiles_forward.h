@@ -8,10 +8,15 @@
 
 namespace lora_ortho::cpu::LORA_ORTHO_ISA {
 
+// Bytes of base and y from which they are taken to come from beyond the second-level caches.
+constexpr std::int64_t kLargeBytes = std::int64_t{16} << 20;
+
+// Adapters whose products are held together: they stay in the first-level cache.
+constexpr int kTileGroup = 4;
+
 struct TileScratch {
     alignas(64) std::uint16_t draws[kTileBlock][kTileColumns + kDrawSlack];
-    // Two, in turn: what a tile register stored cannot be forwarded to a vector load.
-    alignas(64) float products[2][kTileBlock][kTileColumns];
+    alignas(64) float products[kTileGroup][kTileBlock][kTileColumns];
     alignas(64) float sums[kTileBlock][kTileColumns];
 };
 
@@ -49,61 +54,135 @@ LORA_ORTHO_INLINE Left scale_left(const TileLayout& l, const double* gains, cons
     return {out, 2 * pitch, 2 * kTileSteps, 2 * plane};
 }
 
-// One row: sums = products where kept (select), or sums += products where kept.
-template <bool select>
-LORA_ORTHO_INLINE void combine_kept(const std::uint16_t* draws, std::uint32_t last,
-                                    const float* products, float* sums) {
-    const __m512i limit = _mm512_set1_epi16(static_cast<short>(last));
+// Where a block of the output lies, and whether whole vectors of it can be read and written.
+template <class IO>
+struct TileOutput {
+    const View<IO>* base;
+    IO* y;
+    std::int64_t row0, col0, d_out;
+    int rows, cols;
+    bool whole() const { return cols == kTileColumns && (!base || base->col == 1); }
+};
+
+// Asks for the lines of a block while there are products to compute: what the processor's prefetch
+// does not see coming, since other work lies between two blocks.
+template <class IO>
+LORA_ORTHO_INLINE void prefetch_block(const TileOutput<IO>& out) {
+    constexpr int line = 64 / static_cast<int>(sizeof(IO));
+    for (int i = 0; i < out.rows; ++i)
+        for (int n = 0; n < out.cols; n += line) {
+            if (out.base) __builtin_prefetch(out.base->at(out.row0 + i, out.col0 + n), 0);
+            __builtin_prefetch(out.y + (out.row0 + i) * out.d_out + out.col0 + n, 1);
+        }
+}
+
+// Owners among `count` adapters, in products[0] the last of them: an element takes the last product
+// whose limit its draw does not exceed, else what an earlier group left in sums. The last group adds
+// base, rounds and writes y where whole vectors can be written.
+template <class IO, bool first, bool last>
+LORA_ORTHO_INLINE void combine_owned(const std::uint16_t* const* draws, const std::uint32_t* limits,
+                                     int count, const TileOutput<IO>& out, TileScratch& t) {
+    const bool write = last && out.whole();
+    for (int m = 0; m < out.rows; ++m) {
+        IO* y = out.y + (out.row0 + m) * out.d_out + out.col0;
+        const IO* base = write && out.base ? out.base->at(out.row0 + m, out.col0) : nullptr;
 #pragma GCC unroll 2
-    for (int n = 0; n < kTileColumns; n += 32) {
-        const __mmask32 kept = _mm512_cmple_epu16_mask(_mm512_loadu_si512(draws + n), limit);
-#pragma GCC unroll 2
-        for (int half = 0; half < 2; ++half) {
-            const auto mask = static_cast<__mmask16>(kept >> (16 * half));
-            float* to = sums + n + 16 * half;
-            const __m512 value = _mm512_load_ps(products + n + 16 * half), old = _mm512_load_ps(to);
-            _mm512_store_ps(to, select ? _mm512_mask_mov_ps(old, mask, value)
-                                       : _mm512_mask_add_ps(old, mask, old, value));
+        for (int n = 0; n < kTileColumns; n += 32) {
+            const __m512i u = _mm512_loadu_si512(draws[m] + n);
+            Vec<float> low{}, high{};
+            if constexpr (!first) {
+                low = load(&t.sums[m][n]);
+                high = load(&t.sums[m][n + 16]);
+            }
+            for (int g = 0; g < count; ++g) {
+                const __mmask32 kept =
+                    _mm512_cmple_epu16_mask(u, _mm512_set1_epi16(static_cast<short>(limits[g])));
+                low = _mm512_mask_mov_ps(low, static_cast<__mmask16>(kept),
+                                         _mm512_load_ps(&t.products[g][m][n]));
+                high = _mm512_mask_mov_ps(high, static_cast<__mmask16>(kept >> 16),
+                                          _mm512_load_ps(&t.products[g][m][n + 16]));
+            }
+            if (!write) {
+                store(&t.sums[m][n], low);
+                store(&t.sums[m][n + 16], high);
+            } else if (base) {
+                store_compute<IO, float>(y + n, load_compute(base + n) + low,
+                                         load_compute(base + n + 16) + high);
+            } else {
+                store_compute<IO, float>(y + n, low, high);
+            }
         }
     }
 }
 
-// sums of at most kTileBlock rows by kTileColumns columns.
-template <int P>
+// One row of independent dropout: sums += products where kept.
+LORA_ORTHO_INLINE void add_kept(const std::uint16_t* draws, std::uint32_t limit,
+                                const float* products, float* sums) {
+    for (int n = 0; n < kTileColumns; n += 32) {
+        const __mmask32 kept = _mm512_cmple_epu16_mask(
+            _mm512_loadu_si512(draws + n), _mm512_set1_epi16(static_cast<short>(limit)));
+        for (int half = 0; half < 2; ++half) {
+            const __m512 old = _mm512_load_ps(sums + n + 16 * half);
+            _mm512_store_ps(sums + n + 16 * half,
+                            _mm512_mask_add_ps(old, static_cast<__mmask16>(kept >> (16 * half)), old,
+                                               _mm512_load_ps(products + n + 16 * half)));
+        }
+    }
+}
+
+// One block of y, at most kTileBlock rows by kTileColumns columns.
+template <class IO>
 LORA_ORTHO_INLINE void tile_expand_block(const TileLayout& l, const Draw& draw, const Left& scaled,
-                                         std::int64_t row0, int rows, std::int64_t col0, int cols,
-                                         TileScratch& t) {
+                                         const TileOutput<IO>& out, TileScratch& t) {
     const int K = l.h.adapters, method = l.h.method;
-    const bool orthogonal = method == LORA_ORTHO_ORTHOGONAL;
-    auto products = [&](std::int64_t first, std::int64_t blocks, float* out)
+    const std::int64_t blocks = l.wide / kTileSteps;
+    auto products = [&](std::int64_t first, std::int64_t steps, float* to)
                         __attribute__((always_inline)) {
         const Left a{bytes_at(scaled.data, 2 * kTileSteps * first), scaled.row, scaled.step,
                      scaled.plane};
-        product_rows<P>(a, l.right(5, first, col0 / kTile), blocks, rows, ceil_div(cols, kTile), out,
-                        kTileColumns, false);
+        product_rows<kPlanes<IO>>(a, l.right(5, first, out.col0 / kTile), steps, out.rows,
+                                  ceil_div(out.cols, kTile), to, kTileColumns, false);
     };
-    if (method == LORA_ORTHO_DIRECT) return products(0, l.blocks(5), t.sums[0]);
-    const std::int64_t blocks = l.wide / kTileSteps;
-    // Orthogonal: from the last adapter down, so that the first threshold above the draw decides.
-    auto adapter = [&](int i) { return orthogonal ? K - 1 - i : i; };
     const std::uint16_t* u[kTileBlock];
     auto draw_rows = [&](int lane_set) __attribute__((always_inline)) {
         const RowDraws stream = draw.stream_of(lane_set);
-        for (int m = 0; m < rows; ++m)
-            u[m] = draw.row(stream, row0 + m, col0, kTileColumns, t.draws[m]);
+        for (int m = 0; m < out.rows; ++m)
+            u[m] = draw.row(stream, out.row0 + m, out.col0, kTileColumns, t.draws[m]);
     };
-    products(adapter(0) * blocks, blocks, t.products[0][0]);
-    std::memset(t.sums, 0, sizeof t.sums[0] * static_cast<std::size_t>(rows));
-    if (orthogonal) draw_rows(0);
-    for (int i = 0; i < K; ++i) {
-        const int j = adapter(i);
-        const std::uint32_t last = l.thresholds[j] - 1;
-        if (i + 1 < K) products(adapter(i + 1) * blocks, blocks, t.products[(i + 1) % 2][0]);
-        if (!orthogonal) draw_rows(j);
-        for (int m = 0; m < rows; ++m)
-            orthogonal ? combine_kept<true>(u[m], last, t.products[i % 2][m], t.sums[m])
-                       : combine_kept<false>(u[m], last, t.products[i % 2][m], t.sums[m]);
+    if (method == LORA_ORTHO_ORTHOGONAL) {
+        // From the last adapter down, so that the first threshold above the draw decides.
+        for (int end = K; end > 0; end -= kTileGroup) {
+            const int count = end < kTileGroup ? end : kTileGroup;
+            std::uint32_t limits[kTileGroup];
+            for (int g = 0; g < count; ++g) {
+                limits[g] = l.thresholds[end - 1 - g] - 1;
+                products((end - 1 - g) * blocks, blocks, t.products[g][0]);
+            }
+            const bool first = end == K, last = end <= kTileGroup;
+            if (first) draw_rows(0);
+            if (first && last)
+                combine_owned<IO, true, true>(u, limits, count, out, t);
+            else if (first)
+                combine_owned<IO, true, false>(u, limits, count, out, t);
+            else if (last)
+                combine_owned<IO, false, true>(u, limits, count, out, t);
+            else
+                combine_owned<IO, false, false>(u, limits, count, out, t);
+        }
+        if (out.whole()) return;
+    } else if (method == LORA_ORTHO_DROPOUT) {
+        std::memset(t.sums, 0, sizeof t.sums);
+        for (int j = 0; j < K; ++j) {
+            products(j * blocks, blocks, t.products[j % kTileGroup][0]);
+            draw_rows(j);
+            for (int m = 0; m < out.rows; ++m)
+                add_kept(u[m], l.thresholds[j] - 1, t.products[j % kTileGroup][m], t.sums[m]);
+        }
+    } else {
+        products(0, l.blocks(5), t.sums[0]);
     }
+    finish_block<IO, float>(t.sums[0], kTileColumns, out.base, out.row0, out.rows, out.col0, out.cols,
+                            out.d_out, out.y);
 }
 
 template <class IO>
@@ -119,6 +198,7 @@ void forward_tiles(const void* packed, const lora_ortho_call& call, const lora_o
     const Draw draw{call, l};
     const View<IO> base_view = base ? view_of<IO>(*base) : View<IO>{};
     IO* s_out = static_cast<IO*>(s);
+    const bool large = call.tokens * l.h.d_out * 2 * static_cast<std::int64_t>(sizeof(IO)) > kLargeBytes;
     run_team(threads, [&](const Team& team) {
         first.run(view_of<IO>(x), s_out, team, scratch.of<char>(team), shared.of<char>(Team{0, 1}));
         const TileState state;
@@ -129,11 +209,13 @@ void forward_tiles(const void* packed, const lora_ortho_call& call, const lora_o
             const Left left = scale_left<IO, P>(l, call.gains, s_out, row0, rows, scaled);
             for_blocks(rows, cols, kTileBlock, kTileColumns, l.wide_sum * 2 * P,
                        [&](std::int64_t i, int height, std::int64_t n, int width) {
-                const Left a{bytes_at(left.data, i * left.row), left.row, left.step, left.plane};
-                tile_expand_block<P>(l, draw, a, row0 + i, height, col0 + n, width, t);
-                finish_block<IO, float>(t.sums[0], kTileColumns, base ? &base_view : nullptr,
-                                        row0 + i, height, col0 + n, width, l.h.d_out,
-                                        static_cast<IO*>(y));
+                const TileOutput<IO> out{base ? &base_view : nullptr, static_cast<IO*>(y), row0 + i,
+                                         col0 + n, l.h.d_out, height, width};
+                if (large) prefetch_block(out);
+                tile_expand_block(l, draw,
+                                  Left{bytes_at(left.data, i * left.row), left.row, left.step,
+                                       left.plane},
+                                  out, t);
             });
         });
     });

@@ -20,7 +20,8 @@ try:
 except ImportError as error:
     _REASON = f"lora_ortho was installed without its compiled CPU kernels: {error}"
 
-ISA_VARIABLE = "LORA_ORTHO_CPU_ISA"  # caps the instruction set; for tests and benchmarks
+# Caps the instruction set; read when factors are packed. For tests and benchmarks.
+ISA_VARIABLE = "LORA_ORTHO_CPU_ISA"
 
 _DTYPE_NAMES = {
     torch.float32: "float32",
@@ -29,6 +30,8 @@ _DTYPE_NAMES = {
     torch.float64: "float64",
 }
 _WRAP = 1 << 64
+# Outputs of at least two huge pages.
+_HUGE_BYTES = 4 << 20
 
 
 class Packed(NamedTuple):
@@ -84,7 +87,7 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """See ``backends.reference.forward``."""
     tokens = x.shape[0]
-    y = torch.empty((tokens, packed.d_out), dtype=x.dtype) if out is None else out
+    y = _output((tokens, packed.d_out), x.dtype) if out is None else out
     s = torch.empty((tokens, packed.rank_sum), dtype=x.dtype)
     packed.native.forward(
         _matrix(x),
@@ -116,7 +119,7 @@ def backward(
     shapes = (x.shape, (rank_sum, x.shape[1]), (grad.shape[1], rank_sum), gains.shape)
     dtypes = (x.dtype, wide, wide, gains.dtype)
     outputs = tuple(
-        torch.empty(shape if needed else 0, dtype=dtype)
+        _output(shape if needed else (0,), dtype)
         for shape, dtype, needed in zip(shapes, dtypes, needs, strict=True)
     )
     packed.native.backward(
@@ -132,6 +135,14 @@ def backward(
     )
     dx, dA, dB, dgains = outputs
     return dx, dA, dB, dgains
+
+
+def _output(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """An empty tensor; a large one on huge pages, where the system gives them on request."""
+    tensor = torch.empty(shape, dtype=dtype)
+    if tensor.nbytes >= _HUGE_BYTES:
+        _C.advise_huge_pages(tensor.data_ptr(), tensor.nbytes)
+    return tensor
 
 
 def _matrix(tensor: Tensor) -> tuple[int, int, int]:
