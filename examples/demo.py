@@ -11,6 +11,7 @@ Losses and overlaps repeat to the bit for one seed; times are this machine's.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import sys
@@ -28,6 +29,7 @@ from torch import Tensor, nn
 HERE = Path(__file__).resolve().parent
 ORDER = ["python", "cpp", "docs", "scripture"]
 METHODS = ["direct", "dropout", "orthogonal"]
+MERGES = ["sum", "mean"]  # a merge weight of 1 for each of K adapters, and of 1/K
 
 
 class Progress:
@@ -78,12 +80,15 @@ def evaluate(
         with inject(model, [adapter], method="direct", backend=args.backend):
             losses[adapter.name] = [row()]
     with inject(model, adapters, seed=args.seed, backend=args.backend) as handle:
-        for method in METHODS:
-            losses[method] = []
+        for merge, method in itertools.product(MERGES, METHODS):
+            weight = 1.0 if merge == "sum" else 1.0 / len(adapters)
+            handle.set(method=method, weights=[weight] * len(adapters))
+            key = f"{method} {merge}"
+            losses[key] = []
             for sample in range(1 if method == "direct" else args.samples):
-                say(f"{method} merge, sample {sample}")
-                handle.set(method=method, sample=sample)
-                losses[method].append(row())
+                say(f"{key}, sample {sample}")
+                handle.set(sample=sample)
+                losses[key].append(row())
     return losses
 
 
@@ -116,36 +121,36 @@ def measure_time(
     from lora_ortho.adapters import inject
 
     merged = put_torch_direct(shared_copy(model), adapters)
-    fused = shared_copy(model)
-    handle = inject(fused, adapters, seed=args.seed, backend=args.backend)
-
-    def fused_as(method: str) -> Callable[[], nn.Module]:
-        return lambda: handle.set(method=method).model
-
-    runs: dict[str, Callable[[], nn.Module]] = {"bare": lambda: model, "direct": lambda: merged}
-    runs |= {method: fused_as(method) for method in ("dropout", "orthogonal")}
+    models = {"bare": model, "direct": merged}
+    for method in ("dropout", "orthogonal"):
+        models[method] = inject(
+            shared_copy(model), adapters, method=method, seed=args.seed, backend=args.backend
+        ).model
     return {
-        str(tokens): time_forward(runs, tokens, rounds)
+        str(tokens): time_forward(models, tokens, rounds)
         for tokens, rounds in ((WINDOW, args.rounds), (1, 4 * args.rounds))
     }
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Everything the table and the picture show."""
-    from evaluation import WINDOW, read_windows
+    from evaluation import WINDOW, read_texts, windows
 
+    from lora_ortho import backends
     from lora_ortho.adapters import load_adapter
 
+    backends.check_name(args.backend)
     paths = find_adapters(args.adapters)
-    say = Progress(6 + len(paths) + 2 * args.samples, args.quiet)
+    texts = read_texts(args.texts, [path.name for path in paths])
+    say = Progress(7 + len(paths) + 4 * args.samples, args.quiet)
     torch.set_num_threads(args.threads)
     say("loading the model")
     model, tokenizer = load_model(torch.float32)
     say(f"loading the adapters: {', '.join(path.name for path in paths)}")
     adapters = [load_adapter(path, model) for path in paths]
     names = [adapter.name for adapter in adapters]
-    texts = read_windows(tokenizer, args.texts, names, args.windows)
-    losses = evaluate(model, adapters, texts, args, say)
+    tokens = [windows(tokenizer, text, args.windows) for text in texts]
+    losses = evaluate(model, adapters, tokens, args, say)
     say("counting overlaps")
     overlaps, strip = measure_masks(model, adapters, args)
     say("timing")
@@ -177,11 +182,12 @@ def table(result: dict[str, Any]) -> str:
         f"{result['threads']} threads, seed {result['seed']}",
         f"loss in nats per token on {result['tokens_per_text']} held-out tokens of each text; "
         f"± is the standard deviation over {result['samples']} Monte Carlo samples",
+        f"sum: merge weight 1 for each adapter; mean: 1/{len(names)}",
         "",
         " " * 18 + "".join(f"{name:<17}" for name in [*names, "mean"]).rstrip(),
     ]
     labels = {"bare": "bare model"} | {n: f"{n} alone" for n in names}
-    labels |= {method: f"{method} merge" for method in METHODS}
+    labels |= {f"{m} {merge}": f"{m} {merge}" for merge in MERGES for m in METHODS}
     for key, label in labels.items():
         columns = [list(column) for column in zip(*losses[key], strict=True)]
         columns.append([fmean(row) for row in losses[key]])
@@ -227,7 +233,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(arguments)
     if args.threads < 1:
         parser.error(f"--threads must be at least 1, got {args.threads}")
-    sizes = (1, 2, 16, 2) if args.quick else (4, 8, 64, 7)
+    sizes = (1, 2, 16, 2) if args.quick else (3, 6, 64, 7)
     args.windows, args.samples, args.rows, args.rounds = sizes
     return args
 

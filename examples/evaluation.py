@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -20,18 +20,20 @@ from lora_ortho.adapters import Injection, LoadedAdapter
 WINDOW = 256  # tokens
 
 
-def read_windows(tokenizer: Any, folder: Path, names: Sequence[str], count: int) -> list[Tensor]:
-    """The first `count` windows of each held-out text: int64 (count, WINDOW) each."""
-    result = []
-    for name in names:
-        file = folder / f"{name}.txt"
-        if not file.is_file():
-            raise ExampleError(f"there is no held-out text {file}")
-        tokens = tokenizer(file.read_text(encoding="utf-8"), add_special_tokens=False).input_ids
-        if len(tokens) < count * WINDOW:
-            raise ExampleError(f"{file} has {len(tokens)} tokens, {count * WINDOW} are needed")
-        result.append(torch.tensor(tokens[: count * WINDOW]).view(count, WINDOW))
-    return result
+def read_texts(folder: Path, names: Sequence[str]) -> list[str]:
+    """The held-out text for each adapter."""
+    missing = [folder / f"{name}.txt" for name in names if not (folder / f"{name}.txt").is_file()]
+    if missing:
+        raise ExampleError(f"there is no held-out text {missing[0]}")
+    return [(folder / f"{name}.txt").read_text(encoding="utf-8") for name in names]
+
+
+def windows(tokenizer: Any, text: str, count: int) -> Tensor:
+    """The first `count` windows of a text: int64 (count, WINDOW)."""
+    tokens = tokenizer(text, add_special_tokens=False).input_ids
+    if len(tokens) < count * WINDOW:
+        raise ExampleError(f"a text has {len(tokens)} tokens, {count * WINDOW} are needed")
+    return torch.tensor(tokens[: count * WINDOW]).view(count, WINDOW)
 
 
 @torch.inference_mode()
@@ -141,19 +143,15 @@ def put_torch_direct(model: nn.Module, adapters: Sequence[LoadedAdapter]) -> nn.
 
 
 @torch.inference_mode()
-def time_forward(
-    runs: Mapping[str, Callable[[], nn.Module]], tokens: int, rounds: int
-) -> dict[str, float]:
-    """Median seconds of a forward pass over `tokens` tokens, divided by them, for each run.
+def time_forward(models: Mapping[str, nn.Module], tokens: int, rounds: int) -> dict[str, float]:
+    """Median seconds of a forward pass over `tokens` tokens, divided by them, for each.
 
-    Runs are interleaved, after one round that is not counted. A run is a function that returns the
-    model, set up.
+    Models take turns, after one round that is not counted.
     """
     ids = torch.arange(1000, 1000 + tokens)[None]
-    times: dict[str, list[float]] = {name: [] for name in runs}
+    times: dict[str, list[float]] = {name: [] for name in models}
     for number in range(rounds + 1):
-        for name, prepare in runs.items():
-            model = prepare()
+        for name, model in models.items():
             start = time.perf_counter()
             model(input_ids=ids, use_cache=False)
             if number:

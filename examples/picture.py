@@ -19,8 +19,9 @@ from matplotlib.patches import Patch
 # Told apart by colour-blind readers too; opaque light ground, so it reads on dark pages.
 PALETTE = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#f0e442", "#7f7f7f"]
 INK, FAINT, GROUND, SHARED = "#22262b", "#d5d9de", "#fbfaf7", "#22262b"
-MERGES = {"direct": ("s", 7.5), "dropout": ("o", 7.5), "orthogonal": ("D", 7.0)}
-MERGE_COLOURS = {"direct": "#8a9099", "dropout": "#ffffff", "orthogonal": INK}
+MARKERS = {"direct": ("s", 7.5), "dropout": ("o", 7.5), "orthogonal": ("D", 7.0)}
+COLOURS = {"direct": "#8a9099", "dropout": "#ffffff", "orthogonal": INK}
+STRENGTHS = {"sum": 0.28, "mean": 1.0}  # opacity
 STYLE: dict[str, Any] = {
     "font.size": 9.5,
     "font.family": "DejaVu Sans",
@@ -64,27 +65,31 @@ def draw_losses(axes: Axes, result: dict[str, Any]) -> None:
             axes.plot(value, y - 0.27, marker="v", ms=size, color=PALETTE[j % len(PALETTE)],
                       mec=GROUND, mew=0.7, zorder=3, ls="")  # fmt: skip
         for method, lift in (("direct", -0.04), ("dropout", 0.12), ("orthogonal", 0.28)):
-            marker, size = MERGES[method]
-            values = _changes(result, method, column)
-            axes.plot([min(values), max(values)], [y + lift] * 2, color=INK, lw=2.2, zorder=3)
-            axes.plot(fmean(values), y + lift, marker=marker, ms=size, ls="", mec=INK, mew=1.2,
-                      mfc=MERGE_COLOURS[method], zorder=4)  # fmt: skip
+            marker, size = MARKERS[method]
+            for merge, alpha in STRENGTHS.items():
+                values = _changes(result, f"{method} {merge}", column)
+                span = [min(values), max(values)]
+                axes.plot(span, [y + lift] * 2, color=INK, lw=2.2, zorder=3, alpha=alpha)
+                axes.plot(fmean(values), y + lift, marker=marker, ms=size, ls="", mec=INK, mew=1.2,
+                          mfc=COLOURS[method], zorder=4, alpha=alpha)  # fmt: skip
     axes.axvline(0, color=INK, lw=1)
-    axes.text(0, -0.6, "bare model", ha="center", va="bottom", fontsize=8.5)
-    axes.set_ylim(len(bands) - 0.5, -0.62)
+    axes.text(0.012, -0.58, "bare model", va="center", fontsize=8.5)
+    axes.set_ylim(len(bands) - 0.5, -0.72)
     axes.set_yticks([])
     axes.grid(axis="x", color=FAINT, lw=0.7)
     axes.set_axisbelow(True)
     _bare(axes, "left")
     axes.set_xlabel("change of held-out loss, nats per token (left is better; "
                     f"lines span all {result['samples']} Monte Carlo samples)")  # fmt: skip
-    axes.set_title("Text by text: adapters alone and merged", loc="left", weight="bold", pad=16)
+    axes.set_title("Text by text: adapters alone and merged", loc="left", weight="bold", pad=22)
+    note = f"solid: merge weight 1/{len(names)} for each adapter      pale: merge weight 1"
+    axes.text(0, 1.025, note, fontsize=8.5, transform=axes.transAxes)
     looks: list[dict[str, Any]] = [
         {"marker": "v", "ms": 10, "color": "#666", "label": "own adapter alone"},
         {"marker": "v", "ms": 6, "color": "#666", "label": "another alone"},
     ]
-    for method, (marker, size) in MERGES.items():
-        look = {"marker": marker, "ms": size, "mfc": MERGE_COLOURS[method]}
+    for method, (marker, size) in MARKERS.items():
+        look = {"marker": marker, "ms": size, "mfc": COLOURS[method]}
         looks.append({**look, "mec": INK, "label": f"{method} merge"})
     handles = [Line2D([], [], ls="", **look) for look in looks]
     axes.legend(handles=handles, ncol=5, loc="upper center", bbox_to_anchor=(0.44, -0.095),
@@ -121,7 +126,7 @@ def draw_masks(axes: Axes, result: dict[str, Any], method: str) -> None:
 def draw_times(axes: Axes, result: dict[str, Any]) -> None:
     """Times per token over many tokens at once, relative to the bare model."""
     tokens, times = next(iter(result["seconds_per_token"].items()))
-    colours = {"bare": FAINT, **MERGE_COLOURS}
+    colours = {"bare": FAINT, **COLOURS}
     for y, (name, value) in enumerate(times.items()):
         ratio = value / times["bare"]
         axes.barh(y, ratio, height=0.62, color=colours[name], edgecolor=INK, lw=0.8)

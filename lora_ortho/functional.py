@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from lora_ortho import backends
+from lora_ortho import backends, ops
 from lora_ortho.autograd import Call, Merge
-from lora_ortho.mask_stream import check_seed, seed_tensor
-from lora_ortho.ops import all_plain
-from lora_ortho.packing import gain_dtype, packed
+from lora_ortho.mask_stream import seed_tensor
+from lora_ortho.packing import gain_dtype
 from lora_ortho.problem import DTYPES, Place, Rule, adapter_count, check, finite_numbers
 
 
@@ -83,28 +83,33 @@ def merge(
     problem = check(rule, x, lora_A, lora_B, base, place)
     name = backends.choose(backend, problem)
     gains = _gains(rule, weights, x)
-    _check_seed(seed, x.device)
+    seed = _seed(seed, x.device)
     flat = x if x.dim() == 2 else x.reshape(-1, problem.d_in)
     flat_base = base if base is None or base.dim() == 2 else base.reshape(-1, problem.d_out)
-    tensors = (x, gains, *lora_A, *lora_B) if base is None else (x, gains, base, *lora_A, *lora_B)
-    wants_gradient = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-    if not wants_gradient and all_plain(tensors):
-        factors = packed(name, problem, lora_A, lora_B)
-        y: Tensor = backends.get(name).forward(factors, flat, flat_base, gains, seed, place)[0]
+    call = Call(rule.thresholds, rule.method, *place)
+    if _differentiates(x, base, gains, *lora_A, *lora_B):
+        apply: Any = Merge.apply
+        y: Tensor = apply(flat, flat_base, gains, seed, call, name, *lora_A, *lora_B)[0]
     else:
-        call = Call(rule.thresholds, rule.method, *place)
-        seed = seed_tensor(seed, x.device)
-        y = Merge.apply(flat, flat_base, gains, seed, call, name, *lora_A, *lora_B)[0]  # type: ignore[no-untyped-call]
+        y = ops.forward(flat, lora_A, lora_B, flat_base, gains, seed, *call, name)[0]
     return y if x.dim() == 2 else y.view(*x.shape[:-1], problem.d_out)
 
 
+def _differentiates(*tensors: Tensor | None) -> bool:
+    """True if a derivative may be asked for, by autograd or in forward mode."""
+    if torch.autograd.forward_ad._current_level >= 0:
+        return True
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
 def _autocast(x: Tensor, base: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    if not isinstance(x, Tensor) or not torch.is_autocast_enabled(x.device.type):
-        return x, base
-    dtype = torch.get_autocast_dtype(x.device.type)
     narrow = (torch.float32, torch.bfloat16, torch.float16)
-    if x.dtype not in narrow:
+    if not isinstance(x, Tensor) or x.dtype not in narrow:
         return x, base
+    device = x.device.type
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return x, base
+    dtype = torch.get_autocast_dtype(device)
     if isinstance(base, Tensor) and base.dtype in narrow:
         base = base.to(dtype)
     return x.to(dtype), base
@@ -127,7 +132,8 @@ def _gains(rule: Rule, weights: Sequence[float] | Tensor | None, x: Tensor) -> T
     return weights.to(dtype) * torch.tensor(rule.gains, dtype=dtype, device=x.device)
 
 
-def _check_seed(seed: int | Tensor, device: torch.device) -> None:
-    if isinstance(seed, Tensor) and seed.device != device:
-        raise ValueError(f"seed must be on the device of x, {device}, got {seed.device}")
-    check_seed(seed)
+def _seed(seed: int | Tensor, device: torch.device) -> Tensor:
+    tensor = seed_tensor(seed, device)
+    if tensor.device != device:
+        raise ValueError(f"seed must be on the device of x, {device}, got {tensor.device}")
+    return tensor

@@ -154,14 +154,19 @@ def backward(
 
 def all_plain(tensors: Sequence[Tensor]) -> bool:
     """True if nothing but the kernels needs to see a call: no tracing, modes or subclasses."""
-    return (
-        not torch.compiler.is_compiling()
-        and torch._C._get_tracing_state() is None
-        and torch._C._len_torch_dispatch_stack() == 0
-        and torch._C._len_torch_function_stack() == 0
-        and torch._C._functorch.peek_interpreter_stack() is None
-        and all(type(t) in _PLAIN and not t.is_neg() and t.device.type != "meta" for t in tensors)
-    )
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._get_tracing_state() is not None
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._len_torch_function_stack() > 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch.autograd.forward_ad._current_level >= 0
+    ):
+        return False
+    for tensor in tensors:
+        if type(tensor) not in _PLAIN or tensor.is_neg() or tensor.is_meta:
+            return False
+    return True
 
 
 _PLAIN = (Tensor, torch.nn.Parameter)

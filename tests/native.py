@@ -5,25 +5,31 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
+from types import MappingProxyType
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def environment(**extra: str) -> dict[str, str]:
+def environment(variables: Mapping[str, str] = MappingProxyType({})) -> dict[str, str]:
     """This process's environment, with the programs beside its Python first on PATH."""
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
-    return {**os.environ, "PATH": path, **extra}
+    return {**os.environ, "PATH": path, **variables}
 
 
-def run(command: Sequence[str | Path], cwd: Path = ROOT, **extra: str) -> str:
+def run(
+    command: Sequence[str | Path],
+    *,
+    cwd: Path = ROOT,
+    variables: Mapping[str, str] = MappingProxyType({}),
+) -> str:
     """Runs a program and returns what it prints; AssertionError with all of it if it fails."""
     done = subprocess.run(
         [str(word) for word in command],
         cwd=cwd,
-        env=environment(**extra),
+        env=environment(variables),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

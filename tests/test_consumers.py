@@ -72,27 +72,27 @@ def test_cmake_refuses_another_version(prefix: Path, tmp_path: Path) -> None:
     text = lists.replace("find_package(lora_ortho 0.1", "find_package(lora_ortho 99.0")
     assert text != lists
     (tmp_path / "CMakeLists.txt").write_text(text, encoding="utf-8")
-    command = ["cmake", "-S", tmp_path, "-B", tmp_path / "b", f"-DCMAKE_PREFIX_PATH={prefix}"]
+    where = ["-S", str(tmp_path), "-B", str(tmp_path / "b"), f"-DCMAKE_PREFIX_PATH={prefix}"]
     with pytest.raises(AssertionError, match=r"compatible with requested\s+version"):
-        run(command)
+        run(["cmake", *where])
 
 
 def test_cpp_consumer_with_pkg_config(prefix: Path, tmp_path: Path) -> None:
     if shutil.which("pkg-config") is None:
         pytest.skip("C++ consumer: pkg-config is not installed")
     libraries = libdir(prefix)
-    where = str(libraries / "pkgconfig")
-    flags = run(["pkg-config", "--cflags", "--libs", "lora_ortho"], PKG_CONFIG_PATH=where).split()
+    where = {"PKG_CONFIG_PATH": str(libraries / "pkgconfig")}
+    flags = run(["pkg-config", "--cflags", "--libs", "lora_ortho"], variables=where).split()
     assert f"-I{prefix}/" in " ".join(flags)
     program, source = tmp_path / "cpp_consumer", ROOT / "examples" / "cpp_consumer" / "main.cpp"
     run(["c++", "-std=c++17", "-Wall", "-Wextra", "-Werror", source, *flags, "-o", program])
-    assert "gradient of the gains" in run([program], LD_LIBRARY_PATH=str(libraries))
+    assert "gradient of the gains" in run([program], variables={"LD_LIBRARY_PATH": str(libraries)})
 
 
 # ---- the Python package
 
 
-def install(tmp_path: Path, **extra: str) -> Path:
+def install(tmp_path: Path, variables: dict[str, str]) -> Path:
     """`pip install` of a copy of the sources into a folder of its own; that folder."""
     source, target = tmp_path / "source", tmp_path / "target"
     source.mkdir()
@@ -103,7 +103,9 @@ def install(tmp_path: Path, **extra: str) -> Path:
         else:
             shutil.copy(ROOT / name, source / name)
     options = ["--no-build-isolation", "--no-deps", "--no-index", "-v", "--target", str(target)]
-    output = run([sys.executable, "-m", "pip", "install", *options, str(source)], **extra)
+    output = run(
+        [sys.executable, "-m", "pip", "install", *options, str(source)], variables=variables
+    )
     (tmp_path / "output").write_text(output, encoding="utf-8")
     return target
 
@@ -126,8 +128,8 @@ print("reference differs by", float((y - lora_ortho.fused_ortho_lora(
 
 
 def test_without_a_compiler(tmp_path: Path) -> None:
-    extra = {"CC": "/bin/false", "CXX": "/bin/false", "LORA_ORTHO_REQUIRE_NATIVE": "0"}
-    target = install(tmp_path, **extra)
+    variables = {"CC": "/bin/false", "CXX": "/bin/false", "LORA_ORTHO_REQUIRE_NATIVE": "0"}
+    target = install(tmp_path, variables)
     output = (tmp_path / "output").read_text(encoding="utf-8")
     assert "WARNING: lora_ortho is installed WITHOUT its compiled CPU kernels" in output
     assert re.search(r"Reason: cmake ended with status 1: .*(?i:error)", output)
@@ -137,13 +139,13 @@ def test_without_a_compiler(tmp_path: Path) -> None:
 
 
 def test_without_a_compiler_where_it_is_required(tmp_path: Path) -> None:
-    extra = {"CC": "/bin/false", "CXX": "/bin/false", "LORA_ORTHO_REQUIRE_NATIVE": "1"}
+    variables = {"CC": "/bin/false", "CXX": "/bin/false", "LORA_ORTHO_REQUIRE_NATIVE": "1"}
     with pytest.raises(AssertionError, match="NativeBuildError: cmake ended with status 1"):
-        install(tmp_path, **extra)
+        install(tmp_path, variables)
 
 
 def test_wheel(tmp_path: Path) -> None:
-    target = install(tmp_path, LORA_ORTHO_REQUIRE_NATIVE="1")
+    target = install(tmp_path, {"LORA_ORTHO_REQUIRE_NATIVE": "1"})
     assert (target / "lora_ortho" / "py.typed").exists()
     assert not (target / "lora_ortho" / "_C.py").exists()
     (extension,) = (target / "lora_ortho").glob("_C.*.so")

@@ -19,7 +19,7 @@ INCLUDE = ROOT / "csrc" / "include"
 @cache
 def output_of(preset: str, test: str) -> str:
     """What one C++ test program prints."""
-    return run([build(preset) / "tests" / "cpp" / test], OMP_WAIT_POLICY="passive")
+    return run([build(preset) / "tests" / "cpp" / test], variables={"OMP_WAIT_POLICY": "passive"})
 
 
 @pytest.mark.parametrize("preset", ["release", "sanitized"])

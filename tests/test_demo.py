@@ -42,6 +42,7 @@ def start(*arguments: str, code: str | None = None) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, *program, *arguments],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # not ignored, as behind &
     )  # fmt: skip
 
 
@@ -95,11 +96,11 @@ def test_masks_and_spread(two_runs: list[tuple[dict[str, Any], str, Path]]) -> N
     )
     for overlap in (orthogonal, dropout):
         assert overlap["share"] == pytest.approx([1 / len(result["adapters"])] * 4, abs=0.005)
-    for method in ("dropout", "orthogonal"):
+    for method in ("dropout sum", "dropout mean", "orthogonal sum", "orthogonal mean"):
         samples = result["losses"][method]
         assert len(samples) == result["samples"]
         assert samples[0] != samples[1]
-    assert len(result["losses"]["direct"]) == 1
+    assert len(result["losses"]["direct sum"]) == len(result["losses"]["direct mean"]) == 1
 
 
 @needs_demo
@@ -109,7 +110,7 @@ def test_outputs_and_progress(two_runs: list[tuple[dict[str, Any], str, Path]]) 
     assert (out / "demo.png").read_bytes().startswith(b"\x89PNG")
     saved = json.loads((out / "demo.json").read_text())
     assert {key: saved[key] for key in result} == result
-    for step in ("loading the model", "bare model", "orthogonal merge, sample 1", "timing"):
+    for step in ("loading the model", "bare model", "orthogonal mean, sample 1", "timing"):
         assert step in progress
     for times in result["seconds_per_token"].values():
         assert set(times) == {"bare", "direct", "dropout", "orthogonal"}

@@ -102,6 +102,7 @@ private:
         call.sample = sample;
         call.tokens = kTokens;
         call.seed = 2026;
+        call.threads = 1;
         call.gains = gains.data();
         return call;
     }

@@ -94,7 +94,7 @@ class Injection:
         before = {n: (m.method, m.seed, m.sample, m.weights) for n, m in self.layers.items()}
         try:
             for name, layer in self.layers.items():
-                if method is not _KEEP:
+                if method is not _KEEP and method != layer.method:  # a change packs anew
                     layer.method = method
                 if seed is not _KEEP:
                     layer.seed = seed

@@ -267,5 +267,6 @@ TEST(draws_are_checked) {
                               reinterpret_cast<std::uint16_t*>(reinterpret_cast<char*>(out) + 1)),
              LORA_ORTHO_MISALIGNED);
     CHECK_EQ(lora_ortho_draws(0, 0, 0, 0, 5, 0, 0, 0, nullptr), LORA_ORTHO_OK);
+    CHECK_EQ(lora_ortho_draws(0, 0, 5, 0, 0, 0, 0, 0, nullptr), LORA_ORTHO_OK);
     CHECK_EQ(status(kRows - 1, 1, kCols - 4, 4, 0, 0), LORA_ORTHO_OK);
 }

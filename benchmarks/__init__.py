@@ -1,0 +1,1 @@
+"""Microbenchmarks: what a merge costs beside its peers, on this machine."""

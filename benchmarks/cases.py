@@ -1,0 +1,101 @@
+"""The timed cases, and the tensors of one."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+SEED = 2510_03262
+B_SCALE = 0.02  # standard deviation of lora_B
+
+
+class Case(NamedTuple):
+    """K adapters of rank r on one layer."""
+
+    tokens: int
+    d_in: int
+    d_out: int
+    adapters: int
+    rank: int
+
+    def __str__(self) -> str:
+        return f"{self.tokens}x{self.d_in}x{self.d_out}-{self.adapters}x{self.rank}"
+
+    @staticmethod
+    def parse(text: str) -> Case:
+        """The case of a name such as "512x2048x2048-3x16".
+
+        Raises:
+            ValueError: not such a name.
+        """
+        found = re.fullmatch(r"(\d+)x(\d+)x(\d+)-(\d+)x(\d+)", text)
+        if found is None or "0" in found.groups():
+            raise ValueError(
+                f"case must read TOKENSxD_INxD_OUT-KxRANK, such as {CPU_CASES[2]}; got {text!r}"
+            )
+        return Case(*map(int, found.groups()))
+
+
+CPU_CASES = (
+    Case(1, 4096, 4096, 3, 16),
+    Case(16, 4096, 4096, 3, 16),
+    Case(512, 2048, 2048, 3, 16),
+    Case(2048, 4096, 4096, 3, 16),
+    Case(4096, 640, 640, 2, 32),
+    Case(1024, 1280, 10240, 2, 32),
+    Case(512, 768, 3072, 2, 8),
+    Case(512, 2048, 2048, 8, 16),
+    Case(512, 2048, 2048, 8, 64),
+    Case(512, 2048, 2048, 16, 32),
+)
+MANY_ADAPTERS = CPU_CASES[9]
+LARGE = CPU_CASES[3]
+ONE_TOKEN = CPU_CASES[0]
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The tensors of a case, all of one dtype.
+
+    Attributes:
+        x: (tokens, d_in), standard normal.
+        lora_A, lora_B: K tensors each, (r, d_in) and (d_out, r): the latter not at their zeros of
+            initialisation.
+        base, grad: (tokens, d_out), standard normal.
+    """
+
+    case: Case
+    x: Tensor
+    lora_A: list[Tensor]
+    lora_B: list[Tensor]
+    base: Tensor
+    grad: Tensor
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of every tensor."""
+        return self.x.dtype
+
+
+def make(case: Case, dtype: torch.dtype) -> Inputs:
+    """The tensors of a case, the same at every call."""
+    generator = torch.Generator().manual_seed(SEED)
+
+    def normal(rows: int, cols: int, scale: float = 1.0) -> Tensor:
+        return (torch.randn(rows, cols, generator=generator) * scale).to(dtype)
+
+    adapters = range(case.adapters)
+    return Inputs(
+        case,
+        normal(case.tokens, case.d_in),
+        [normal(case.rank, case.d_in, case.d_in**-0.5) for _ in adapters],
+        [normal(case.d_out, case.rank, B_SCALE) for _ in adapters],
+        normal(case.tokens, case.d_out),
+        normal(case.tokens, case.d_out),
+    )

@@ -1,0 +1,158 @@
+"""The contenders, each written as its users would write it.
+
+A contender is a function from the inputs of a case to a call without arguments, with everything
+done before that can be done once. A forward call returns y (tokens, d_out); a training call
+returns y and its gradients in x, base, lora_A and lora_B (for direct: in the joined factors).
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+import lora_ortho
+from benchmarks.cases import SEED, Inputs
+from lora_ortho.packing import PackedAdapters
+
+Forward = Callable[[], Tensor]
+Training = Callable[[], tuple[Tensor, ...]]
+
+
+def ours(inputs: Inputs) -> Forward:
+    """The prepared orthogonal merge: factors packed once."""
+    prepared = PackedAdapters(inputs.lora_A, inputs.lora_B, inputs.dtype, backend="cpu")
+    x, base = inputs.x, inputs.base
+    return lambda: prepared.apply(x, base, SEED)
+
+
+def direct(inputs: Inputs) -> Forward:
+    """torch's own best direct merge: factors joined once."""
+    A = torch.cat(inputs.lora_A)  # (sum r, d_in)
+    B = torch.cat(inputs.lora_B, 1)  # (d_out, sum r)
+    x, base = inputs.x, inputs.base
+    return lambda: torch.addmm(base, x @ A.T, B.T)
+
+
+def _chances(adapters: int) -> list[float]:
+    """Keep probabilities 1/K, each relative to what the adapters before it leave."""
+    return [1.0 / (adapters - j) for j in range(adapters)]
+
+
+def paper_merge(
+    x: Tensor, lora_A: Sequence[Tensor], lora_B: Sequence[Tensor], base: Tensor
+) -> Tensor:
+    """The paper's construction (arXiv 2510.03262): m_j = z_j prod_{i<j} (1 - z_i), z_j Bernoulli."""
+    adapters = len(lora_A)
+    y, free = base, torch.ones_like(base)
+    for A, B, chance in zip(lora_A, lora_B, _chances(adapters), strict=True):
+        z = torch.bernoulli(torch.full_like(base, chance))
+        mask = z * free
+        free = free * (1 - z)
+        y = y + adapters * mask * (x @ A.T @ B.T)
+    return y
+
+
+def paper(inputs: Inputs) -> Forward:
+    """The paper's construction in eager torch: per adapter a Bernoulli tensor, stick-breaking."""
+    return functools.partial(paper_merge, inputs.x, inputs.lora_A, inputs.lora_B, inputs.base)
+
+
+def categorical_merge(
+    x: Tensor, lora_A: Sequence[Tensor], lora_B: Sequence[Tensor], base: Tensor
+) -> Tensor:
+    """One uniform number per element picks its adapter."""
+    adapters = len(lora_A)
+    u = torch.rand(base.shape, device=base.device)
+    y = base
+    for j, (A, B) in enumerate(zip(lora_A, lora_B, strict=True)):
+        delta = adapters * (x @ A.T @ B.T)
+        mine = (u >= j / adapters) & (u < (j + 1) / adapters)
+        y = torch.where(mine, base + delta, y)
+    return y
+
+
+def categorical(inputs: Inputs) -> Forward:
+    """One torch.rand, K matmuls, torch.where, eager."""
+    return functools.partial(categorical_merge, inputs.x, inputs.lora_A, inputs.lora_B, inputs.base)
+
+
+def compiled(inputs: Inputs) -> Forward:
+    """The same under torch.compile."""
+    torch._dynamo.reset()
+    function = torch.compile(categorical_merge, fullgraph=True, dynamic=False)
+    return functools.partial(function, inputs.x, inputs.lora_A, inputs.lora_B, inputs.base)
+
+
+def plain_linear(inputs: Inputs) -> torch.nn.Linear:
+    """The layer that both modules below adapt."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(SEED)
+        layer = torch.nn.Linear(inputs.case.d_in, inputs.case.d_out, bias=False)
+    return layer.to(inputs.dtype).requires_grad_(False)
+
+
+def our_layer(inputs: Inputs) -> Forward:
+    """FusedOrthoLoRALinear with K adapters, the base layer included."""
+    adapters = [lora_ortho.Adapter(A, B) for A, B in zip(inputs.lora_A, inputs.lora_B, strict=True)]
+    layer = lora_ortho.FusedOrthoLoRALinear(
+        plain_linear(inputs), adapters, seed=SEED, backend="cpu"
+    )
+    return functools.partial(layer, inputs.x)
+
+
+def peft_missing() -> str | None:
+    """Why the next contender cannot run; None where it can."""
+    return None if importlib.util.find_spec("peft") else "peft is not installed"
+
+
+def peft_layer(inputs: Inputs) -> Forward:
+    """PEFT's lora.Linear with K active adapters (a direct merge), the base layer included."""
+    import peft
+
+    case = inputs.case
+    names = [f"adapter{j}" for j in range(case.adapters)]
+    config = peft.LoraConfig(r=case.rank, lora_alpha=case.rank)
+    from peft.tuners.lora import Linear
+
+    layer = Linear(plain_linear(inputs), names[0], config, r=case.rank, lora_alpha=case.rank)
+    for name in names[1:]:
+        layer.update_layer(name, case.rank, lora_alpha=case.rank, config=config)
+    for name, A, B in zip(names, inputs.lora_A, inputs.lora_B, strict=True):
+        layer.lora_A[name].weight.data = A
+        layer.lora_B[name].weight.data = B
+    layer.set_adapter(names)
+    layer.eval()
+    return functools.partial(layer, inputs.x)
+
+
+def ours_training(inputs: Inputs) -> Training:
+    """The public op and its gradients; factors unchanged since the last call."""
+    x, base, *factors = _leaves(inputs.x, inputs.base, *inputs.lora_A, *inputs.lora_B)
+    half = len(factors) // 2
+    lora_A, lora_B = factors[:half], factors[half:]
+
+    def call() -> tuple[Tensor, ...]:
+        y = lora_ortho.fused_ortho_lora(x, lora_A, lora_B, base=base, seed=SEED, backend="cpu")
+        return y, *torch.autograd.grad(y, (x, base, *factors), inputs.grad)
+
+    return call
+
+
+def direct_training(inputs: Inputs) -> Training:
+    """torch's direct merge and its gradients in the joined factors."""
+    leaves = _leaves(inputs.x, inputs.base, torch.cat(inputs.lora_A), torch.cat(inputs.lora_B, 1))
+    x, base, A, B = leaves
+
+    def call() -> tuple[Tensor, ...]:
+        y = torch.addmm(base, x @ A.T, B.T)
+        return y, *torch.autograd.grad(y, leaves, inputs.grad)
+
+    return call
+
+
+def _leaves(*tensors: Tensor) -> list[Tensor]:
+    return [tensor.detach().requires_grad_() for tensor in tensors]

@@ -1,0 +1,96 @@
+"""Result files: JSON, one for each kind of machine."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from benchmarks import machine
+
+SCHEMA = 1
+RESULTS = Path(__file__).resolve().parent / "results"
+SECTIONS = ("forward", "backward", "peers", "layer", "memory", "threads", "overhead")
+
+Row = dict[str, Any]
+Result = dict[str, Any]
+
+
+class ResultError(Exception):
+    """A result file that cannot be used; the message names it and says why."""
+
+
+def empty() -> Result:
+    """A result of this machine without rows."""
+    return {
+        "schema": SCHEMA,
+        "kind": machine.kind(),
+        "machine": machine.machine(),
+        "versions": machine.versions(),
+        **{section: [] for section in SECTIONS},
+    }
+
+
+def load(path: Path) -> Result:
+    """Read a result file.
+
+    Raises:
+        ResultError: it cannot be read, is no such file, or has another schema.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ResultError(f"{path}: {error}") from error
+    if not isinstance(found, dict) or found.get("schema") != SCHEMA:
+        raise ResultError(f"{path}: not a benchmark result of schema {SCHEMA}")
+    missing = [name for name in ("kind", "machine", "versions", *SECTIONS) if name not in found]
+    if missing:
+        raise ResultError(f"{path}: lacks {', '.join(missing)}")
+    return found
+
+
+def save(result: Result, path: Path) -> None:
+    """Write a result file, whole or not at all."""
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(_text(result))
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    except BaseException:
+        os.unlink(name)
+        raise
+
+
+def join(old: Result, new: Result) -> Result:
+    """The rows of both; those of ``new`` replace those of ``old`` for the same case and dtype.
+
+    Raises:
+        ResultError: they are of different machines or versions.
+    """
+    for name in ("kind", "machine", "versions"):
+        if old[name] != new[name]:
+            raise ResultError(f"the results differ in {name}: {old[name]} and {new[name]}")
+    joined = dict(new)
+    for section in SECTIONS:
+        fresh = {_key(row) for row in new[section]}
+        joined[section] = [r for r in old[section] if _key(r) not in fresh] + new[section]
+    return joined
+
+
+def _key(row: Row) -> tuple[str, ...]:
+    return tuple(str(row.get(name)) for name in ("case", "dtype", "contender"))
+
+
+def _text(result: Result) -> str:
+    """JSON with one line for each row."""
+    parts = []
+    for name, value in result.items():
+        if name in SECTIONS:
+            rows = ",\n".join("    " + json.dumps(row) for row in value)
+            parts.append(f'  "{name}": [\n{rows}\n  ]' if rows else f'  "{name}": []')
+        else:
+            parts.append(f'  "{name}": {json.dumps(value)}')
+    return "{\n" + ",\n".join(parts) + "\n}\n"
