@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 # Cores that others may keep busy in an undisturbed measurement, and how often one is tried.
-_DISTURBED = 0.15
+DISTURBED = 0.15
 _TRIES = 3
 
 
@@ -83,7 +83,7 @@ def measure(calls: Mapping[str, Callable[[], object]], effort: Effort) -> Times:
     best: Times | None = None
     for _ in range(_TRIES):
         times = _interleave(calls, effort)
-        if times.others is None or times.others <= _DISTURBED:
+        if times.others is None or times.others <= DISTURBED:
             return times
         if best is None or best.others is None or times.others < best.others:
             best = times

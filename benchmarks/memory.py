@@ -78,7 +78,7 @@ def _forward(inputs: Inputs, contender: str) -> int:
     with torch.no_grad():
         peak, y = _peak(call)
     case = inputs.case
-    s_bytes = case.tokens * case.adapters * case.rank * y.element_size()
+    s_bytes = int(y.element_size()) * case.tokens * case.adapters * case.rank
     return peak - int(y.nbytes) - s_bytes
 
 

@@ -45,7 +45,7 @@ def _chances(adapters: int) -> list[float]:
 def paper_merge(
     x: Tensor, lora_A: Sequence[Tensor], lora_B: Sequence[Tensor], base: Tensor
 ) -> Tensor:
-    """The paper's construction (arXiv 2510.03262): m_j = z_j prod_{i<j} (1 - z_i), z_j Bernoulli."""
+    """The construction of arXiv 2510.03262: m_j = z_j prod_{i<j} (1 - z_i), z_j Bernoulli."""
     adapters = len(lora_A)
     y, free = base, torch.ones_like(base)
     for A, B, chance in zip(lora_A, lora_B, _chances(adapters), strict=True):

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from benchmarks import record
 from benchmarks.cases import CPU_CASES, DTYPES, LARGE, ONE_TOKEN, Case
+from benchmarks.harness import DISTURBED
 from benchmarks.record import Result
 from benchmarks.targets import TARGETS, NotMeasured, Target, find, ratio
 
@@ -40,9 +41,18 @@ def report(result: Result) -> str:
 
 def _machine(result: Result) -> str:
     machine, versions = result["machine"], result["versions"]
+    timed = [row for section in record.SECTIONS for row in result[section] if "seconds" in row]
+    disturbed = [row for row in timed if (row["others"] or 0.0) > DISTURBED]
+    note = ""
+    if disturbed:
+        most = max(row["others"] for row in disturbed)
+        note = (
+            f" In {len(disturbed)} of {len(timed)} rows other processes kept up to {most:.1f} "
+            "cores busy."
+        )
     return (
         f"{machine['processor']}; {machine['cores']} cores, {machine['threads']} threads; kernels "
-        f"for {machine['isa']}; torch {versions['torch']}, Python {versions['python']}."
+        f"for {machine['isa']}; torch {versions['torch']}, Python {versions['python']}.{note}"
     )
 
 
@@ -65,7 +75,7 @@ def _verdict(target: Target, result: Result, dtype: str) -> str:
     try:
         value = target.value(result, dtype)
     except NotMeasured as reason:
-        return f"not measured ({reason})"
+        return f"not measured: {reason}" if str(reason) else "not measured"
     text = f"{value:.{target.digits}f}{target.unit}"
     return f"{text} met" if target.met(value) else f"**{text} missed**"
 
@@ -76,8 +86,9 @@ def _cases(result: Result) -> str:
     for case in CPU_CASES:
         for dtype in DTYPES:
             cells = [_cell(result, case, dtype, *column[1:]) for column in _COLUMNS]
-            rows.append([", ".join(map(str, case)), dtype, *cells])
-    return _rows(head, rows)
+            if any(cells):
+                rows.append([", ".join(map(str, case)), dtype, *cells])
+    return _rows(head, rows) if rows else ""
 
 
 def _cell(result: Result, case: Case, dtype: str, section: str, name: str, digits: int) -> str:

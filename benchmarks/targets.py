@@ -57,15 +57,15 @@ def find(result: Result, section: str, case: Case, dtype: str, contender: str | 
         if same and row.get("contender") == contender:
             found: Row = row
             return found
-    raise NotMeasured(f"no {section} of {case}")
+    raise NotMeasured("")
 
 
 def ratio(result: Result, section: str, case: Case, dtype: str, name: str) -> float:
     """A median ratio, such as "ours/direct"; raises NotMeasured."""
     row = find(result, section, case, dtype)
     if name not in row.get("ratios", {}):
-        reasons = row.get("refused") or {"": f"no {name}"}
-        raise NotMeasured(f"{case}: " + "; ".join(f"{k} {v}".strip() for k, v in reasons.items()))
+        reasons = [f"{k}: {v}" for k, v in row.get("refused", {}).items()]
+        raise NotMeasured(f"{case} " + "; ".join(reasons) if reasons else "")
     return float(row["ratios"][name]["median"])
 
 

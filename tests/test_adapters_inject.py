@@ -130,15 +130,15 @@ def test_report(model: Model) -> None:
 
 
 def test_given_rates_and_weights_follow_their_adapters(model: Model) -> None:
-    adapters = [adapter("one"), adapter("two", "blocks.0.up")]
+    adapters = [adapter("two", "blocks.0.up"), adapter("one")]
     with inject(model, adapters, p=[0.75, 0.25], weights=[2.0, 3.0]) as handle:
         found = {report.name: report.p for report in handle.report}
-        assert found == {**dict.fromkeys(handle.layers, (0.75,)), "blocks.0.up": (0.75, 0.25)}
+        assert found == {**dict.fromkeys(handle.layers, (0.25,)), "blocks.0.up": (0.75, 0.25)}
         assert handle.layers["blocks.0.up"].weights == [2.0, 3.0]
-        assert handle.layers["blocks.0.down"].weights == [2.0]
+        assert handle.layers["blocks.0.down"].weights == [3.0]
         handle.set(weights=[5.0, 7.0])
         assert handle.layers["blocks.0.up"].weights == [5.0, 7.0]
-        assert handle.layers["blocks.0.down"].weights == [5.0]
+        assert handle.layers["blocks.0.down"].weights == [7.0]
         handle.set(weights=None)
         assert handle.layers["blocks.0.up"].weights == [1.0, 1.0]
 
@@ -269,12 +269,13 @@ def test_detach_refuses_a_model_that_was_changed(model: Model) -> None:
     assert state(model) == before
 
 
-def test_dtype_and_training_mode_follow_the_layer(model: Model) -> None:
-    model.to(torch.bfloat16).train()
+@pytest.mark.parametrize("training", [False, True])
+def test_dtype_and_mode_follow_the_layer(model: Model, training: bool) -> None:
+    model.to(torch.bfloat16).train(training)
     with inject(model, [adapter("one"), adapter("two")], seed=1) as handle:
         layer = handle.layers["blocks.0.up"]
         assert isinstance(layer, FusedOrthoLoRALinear)
-        assert layer.training
+        assert layer.training is training
         assert layer.adapters[0].lora_A.dtype == torch.float32
         assert model(X.to(torch.bfloat16)).dtype == torch.bfloat16
 

@@ -13,6 +13,7 @@ from cases import METHODS, make, same_rank
 from numerics import assert_one
 from servers import Server
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from lora_ortho import Adapter, FusedOrthoLoRALinear, fused_ortho_lora, mask_stream
 
@@ -288,6 +289,32 @@ def test_any_base_is_called_as_it_is(server: Server) -> None:
     assert torch.equal(both_ways(module, tensors.x), expected)
     assert torch.equal(both_ways(module, tensors.x.bfloat16()), expected.detach())
     assert torch.equal(base.kept, before)
+
+
+class Zeros(nn.Module):
+    """A base whose output has the dtype of its input."""
+
+    in_features, out_features = 16, 40
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.new_zeros(*x.shape[:-1], 40)
+
+
+def test_dtypes_may_change_from_call_to_call(server: Server) -> None:
+    tensors = make(CASE, torch.float32)
+    adapters = [Adapter(A, B) for A, B in zip(*tensors[1:3], strict=True)]
+    module = FusedOrthoLoRALinear(Zeros(), adapters, seed=7, backend=server.backend)
+    for dtype in (torch.float32, torch.bfloat16, torch.float32):
+        x = tensors.x.to(dtype)
+        expected = fused_ortho_lora(x, *tensors[1:3], seed=7, backend=server.backend)
+        assert torch.equal(both_ways(module, x.clone()), expected)
+
+
+def test_forward_mode_is_refused() -> None:
+    """Though autograd is off, the tangent is not dropped in silence."""
+    module, x, _ = build()
+    with torch.no_grad(), forward_ad.dual_level(), pytest.raises(RuntimeError, match="jvp"):
+        module(forward_ad.make_dual(x, torch.ones_like(x)))
 
 
 def test_hooks_see_the_output_of_the_base_unchanged(server: Server) -> None:
