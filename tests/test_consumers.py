@@ -155,6 +155,8 @@ def test_wheel(tmp_path: Path) -> None:
     code = """
 import lora_ortho.triton_kernels
 from lora_ortho import _C
+for module in (lora_ortho.triton_kernels, _C):
+    assert module.__file__.startswith(sys.path[0]), module.__file__
 assert lora_ortho.backends.available()["cpu"] is None
 assert lora_ortho.__version__ == _C.version() == VERSION, (lora_ortho.__version__, _C.version())
 maps = open("/proc/self/maps").read().split()
