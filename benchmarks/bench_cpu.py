@@ -47,7 +47,7 @@ def perform(task: Task, quick: bool) -> Row:
     """Measure one row."""
     section, case, dtype, contender = task
     scale = 0.25 if quick else 1.0
-    few = Effort(2.0 * scale, least=3 if quick else 5)
+    few = Effort(2.0 * scale, least=3 if quick else 15)
     if section == "memory":
         return sections.extra_memory(case, dtype, contender)
     if section == "peers":

@@ -75,8 +75,9 @@ def join(old: Result, new: Result) -> Result:
             raise ResultError(f"the results differ in {name}: {old[name]} and {new[name]}")
     joined = dict(new)
     for section in SECTIONS:
-        fresh = {_key(row) for row in new[section]}
-        joined[section] = [r for r in old[section] if _key(r) not in fresh] + new[section]
+        fresh = {_key(row): row for row in new[section]}
+        kept = [fresh.pop(_key(row), row) for row in old[section]]
+        joined[section] = kept + list(fresh.values())
     return joined
 
 

@@ -82,7 +82,7 @@ def test_result_files_join_only_when_of_one_machine(tmp_path: Path) -> None:
     new = record.empty()
     new["forward"] = [{**row, "others": 0.5}]
     joined = record.join(record.load(path), new)
-    assert joined["forward"] == [old["forward"][1], new["forward"][0]]
+    assert joined["forward"] == [new["forward"][0], old["forward"][1]]
     new["versions"] = {**new["versions"], "torch": "0"}
     with pytest.raises(record.ResultError, match="versions"):
         record.join(record.load(path), new)
