@@ -111,20 +111,6 @@ def make(
     )
 
 
-# What the benchmarks time (tokens, d_in, d_out, K, r).
-TIMED = (
-    same_rank(1, 4096, 4096, 3, 16),
-    same_rank(16, 4096, 4096, 3, 16),
-    same_rank(512, 2048, 2048, 3, 16),
-    same_rank(2048, 4096, 4096, 3, 16),
-    same_rank(4096, 640, 640, 2, 32),
-    same_rank(1024, 1280, 10240, 2, 32),
-    same_rank(512, 768, 3072, 2, 8),
-    same_rank(512, 2048, 2048, 8, 16),
-    same_rank(512, 2048, 2048, 8, 64),
-    same_rank(512, 2048, 2048, 16, 32),
-)
-
 # What the tests check: sizes that fit no vector and no tile, and every layout.
 CHECKED = (
     same_rank(0, 16, 24, 3, 4),
