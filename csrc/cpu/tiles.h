@@ -1,5 +1,5 @@
 // Products of bfloat16 tiles with float32 sums, by AMX. (The same tiles on AVX512_BF16 dot products took
-// 1.8 to 2.2 times as long as the float kernels do on that processor.)
+// 1.8 to 4.9 times as long as the float kernels do on that processor.)
 //
 // A float32 operand is three bfloat16 planes, x = x0 + x1 + x2 exactly (8 bits each, truncated), and a
 // product keeps the six terms x_a y_b with a + b <= 2: what is dropped is at most 2^-21 of the product and
