@@ -154,20 +154,21 @@ public:
     }
 
     void backward(const py::tuple& grad, const py::tuple& x, Address s, Address dx, Address dA,
-                  Address dB, Address dgains, std::int64_t tokens, Address gains,
+                  Address dB, const std::string& factor_dtype, Address dgains, std::int64_t tokens, Address gains,
                   const py::int_& seed, std::uint32_t stream, std::uint32_t sample,
                   std::int64_t row_offset, std::int64_t col_offset, std::int32_t threads) const {
         const lora_ortho_call call =
             as_call(tokens, gains, seed, stream, sample, row_offset, col_offset, threads);
         const lora_ortho_matrix grad_matrix = as_matrix(grad, dtype_);
         const lora_ortho_matrix x_matrix = as_matrix(x, dtype_);
+        const lora_ortho_dtype factor = parse("factor_dtype", factor_dtype, kDtypes);
         const py::gil_scoped_release release;
         std::size_t needed = 0;
         require(lora_ortho_backward_bytes(buffer_.get(), bytes_, &call, &needed));
         const AlignedBuffer workspace = allocate(needed);
         require(lora_ortho_backward(buffer_.get(), bytes_, &call, &grad_matrix, &x_matrix,
                                     as_pointer(s), as_pointer(dx), as_pointer(dA), as_pointer(dB),
-                                    static_cast<double*>(as_pointer(dgains)), workspace.get(),
+                                    factor, static_cast<double*>(as_pointer(dgains)), workspace.get(),
                                     needed));
     }
 
@@ -262,7 +263,7 @@ PYBIND11_MODULE(_C, m) {
              arg("tokens"), arg("gains_ptr"), arg("seed"), arg("stream"), arg("sample"),
              arg("row_offset"), arg("col_offset"), arg("threads"))
         .def("backward", &Packed::backward, arg("grad"), arg("x"), arg("s_ptr"), arg("dx_ptr"),
-             arg("dA_ptr"), arg("dB_ptr"), arg("dgains_ptr"), arg("tokens"), arg("gains_ptr"),
+             arg("dA_ptr"), arg("dB_ptr"), arg("factor_dtype"), arg("dgains_ptr"), arg("tokens"), arg("gains_ptr"),
              arg("seed"), arg("stream"), arg("sample"), arg("row_offset"), arg("col_offset"),
              arg("threads"))
         .def_property_readonly("isa", &Packed::isa)

@@ -70,8 +70,8 @@ class Merge(torch.autograd.Function):
             recorded = torch.is_grad_enabled() and not torch.compiler.is_compiling()
             gradients: Any = MergeGradients.apply if recorded else MergeGradients.forward
             dx, dA_all, dB_all, dgains = gradients(grad, x, s, gains, seed, *call, *factors)
-            dA = _shares(dA_all, factors[:half], 0, need_A)
-            dB = _shares(dB_all, factors[half:], 1, need_B)
+            dA = _shares(dA_all.view(-1), factors[:half], need_A)
+            dB = _shares(dB_all, factors[half:], need_B)
         return (
             dx if needs[0] else None,
             grad if needs[1] else None,
@@ -120,13 +120,13 @@ setattr(Merge.forward, "__signature__", inspect.signature(Merge.forward))  # noq
 
 
 def _shares(
-    joined: Tensor, factors: list[Tensor], dim: int, needed: tuple[bool, ...]
+    blocks: Tensor, factors: list[Tensor], needed: tuple[bool, ...]
 ) -> tuple[Tensor | None, ...]:
-    """The adapters' shares of gradients that lie side by side, each in its factor's dtype."""
+    """The adapters' blocks of a flat gradient, each in its factor's shape and dtype."""
     if not any(needed):
         return (None,) * len(factors)
-    shares = torch.split(joined, [factor.shape[dim] for factor in factors], dim)
+    shares = torch.split(blocks, [factor.numel() for factor in factors])
     return tuple(
-        share.to(factor.dtype) if need else None
+        share.view(factor.shape).to(factor.dtype) if need else None
         for share, factor, need in zip(shares, factors, needed, strict=True)
     )

@@ -42,6 +42,13 @@ def _problem(
     return Problem(method, tuple(thresholds), x.shape[1], d_out, ranks, x.dtype, x.device.type)
 
 
+def _factor_dtype(x: Tensor, lora_A: Sequence[Tensor], lora_B: Sequence[Tensor]) -> torch.dtype:
+    """That of dA and dB: the factors' own where they share one, else the accumulators'."""
+    first = lora_A[0].dtype
+    same = all(factor.dtype is first for factor in (*lora_A, *lora_B))
+    return first if same else wide_dtype(x.dtype)
+
+
 def _forward(
     x: Tensor,
     lora_A: Sequence[Tensor],
@@ -95,6 +102,7 @@ def _backward(
         seed,
         Place(stream, sample, row_offset, col_offset),
         (need_x, need_A, need_B, need_gains),
+        _factor_dtype(x, lora_A, lora_B),
     )
     return found
 
@@ -116,11 +124,11 @@ def _backward_fake(
     *rest: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     need_x, need_A, need_B, need_gains = rest[-5:-1]
-    wide, rank_sum = wide_dtype(x.dtype), s.shape[1]
+    dtype, rank_sum = _factor_dtype(x, lora_A, lora_B), s.shape[1]
     return (
         x.new_empty(x.shape if need_x else (0,)),
-        x.new_empty((rank_sum, x.shape[1]) if need_A else (0,), dtype=wide),
-        x.new_empty((grad.shape[1], rank_sum) if need_B else (0,), dtype=wide),
+        x.new_empty((rank_sum, x.shape[1]) if need_A else (0,), dtype=dtype),
+        x.new_empty((grad.shape[1] * rank_sum,) if need_B else (0,), dtype=dtype),
         gains.new_empty(gains.shape if need_gains else (0,)),
     )
 

@@ -57,8 +57,7 @@ def measure(what, dtype, method):
         grad = torch.ones((), dtype=dtype).expand(tokens, d_out)
         torch.autograd.grad(op(), leaves, grad)
         y = op()
-        # gradients of factors are made in float32, and then take the dtype of their factor
-        outputs = tokens * d_in * size + elements * (4 if size == 4 else 4 + size)
+        outputs = tokens * d_in * size + elements * size
         return peak(lambda: torch.autograd.grad(y, leaves, grad)), outputs
     if what == "module":  # it writes over the output of the base
         layer = torch.nn.Linear(d_in, d_out).to(dtype)

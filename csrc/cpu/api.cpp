@@ -173,15 +173,12 @@ Status check_operand(const Header& header, const lora_ortho_call& call,
     return call.tokens == 0 ? LORA_ORTHO_OK : check_matrix(*matrix, call.tokens, cols);
 }
 
-std::size_t accumulator_bytes(const Header& header) {
-    return header.dtype == LORA_ORTHO_FLOAT64 ? sizeof(double) : sizeof(float);
-}
-
 // Gradients of no tokens at all.
-void zero_gradients(const Header& header, void* dA, void* dB, double* dgains) {
-    const std::size_t size = accumulator_bytes(header) * static_cast<std::size_t>(header.rank_sum);
-    if (dA) std::memset(dA, 0, size * static_cast<std::size_t>(header.d_in));
-    if (dB) std::memset(dB, 0, size * static_cast<std::size_t>(header.d_out));
+void zero_gradients(const Header& header, const FactorGradients& factors, double* dgains) {
+    const std::size_t size =
+        dtype_bytes(factors.dtype) * static_cast<std::size_t>(header.rank_sum);
+    if (factors.dA) std::memset(factors.dA, 0, size * static_cast<std::size_t>(header.d_in));
+    if (factors.dB) std::memset(factors.dB, 0, size * static_cast<std::size_t>(header.d_out));
     for (std::int32_t j = 0; dgains && j < header.adapters; ++j) dgains[j] = 0.0;
 }
 
@@ -302,8 +299,8 @@ lora_ortho_status lora_ortho_backward_bytes(const void* packed, size_t packed_by
 lora_ortho_status lora_ortho_backward(const void* packed, size_t packed_bytes,
                                       const lora_ortho_call* call, const lora_ortho_matrix* grad,
                                       const lora_ortho_matrix* x, const void* s, void* dx, void* dA,
-                                      void* dB, double* dgains, void* workspace,
-                                      size_t workspace_bytes) {
+                                      void* dB, int32_t factor_dtype, double* dgains,
+                                      void* workspace, size_t workspace_bytes) {
     return guarded([&]() -> Status {
         const Header* header;
         const Kernels* kernels;
@@ -311,20 +308,22 @@ lora_ortho_status lora_ortho_backward(const void* packed, size_t packed_bytes,
         LORA_ORTHO_CHECK(check_call(*header, call));
         LORA_ORTHO_CHECK(check_operand(*header, *call, grad, header->d_out));
         LORA_ORTHO_CHECK(check_operand(*header, *call, x, header->d_in));
-        const std::size_t size = accumulator_bytes(*header);
+        if (dtype_bytes(factor_dtype) == 0) return LORA_ORTHO_BAD_DTYPE;
+        const std::size_t size = dtype_bytes(factor_dtype);
+        const FactorGradients factors{dA, dB, factor_dtype};
         if (!is_aligned(dx, dtype_bytes(header->dtype)) || !is_aligned(dA, size) ||
             !is_aligned(dB, size) || !is_aligned(dgains, alignof(double))) {
             return LORA_ORTHO_MISALIGNED;
         }
         if (call->tokens == 0) {
-            zero_gradients(*header, dA, dB, dgains);
+            zero_gradients(*header, factors, dgains);
             return LORA_ORTHO_OK;
         }
         LORA_ORTHO_CHECK(check_pointer(s, dtype_bytes(header->dtype)));
         const std::size_t needed = kernels->backward_bytes(*header, *call);
         if (needed > 0) LORA_ORTHO_CHECK(check_pointer(workspace, LORA_ORTHO_ALIGNMENT));
         if (workspace_bytes < needed) return LORA_ORTHO_BUFFER_TOO_SMALL;
-        kernels->backward(packed, *call, *grad, *x, s, dx, dA, dB, dgains, workspace);
+        kernels->backward(packed, *call, *grad, *x, s, dx, factors, dgains, workspace);
         return LORA_ORTHO_OK;
     });
 }

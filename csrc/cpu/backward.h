@@ -9,17 +9,27 @@ namespace lora_ortho::cpu::LORA_ORTHO_ISA {
 // Rows whose share of the gradient of the gains is added up together: the order of the sum must not
 // depend on the team.
 constexpr std::int64_t kGainRows = 64;
-// Rows of x that one step of dA holds.
-constexpr std::int64_t kGradientRows = 128;
+// Rows and columns of x that one step of dA holds; fewer columns, in whole register tiles, where the
+// sums of many ranks would leave the cache.
+constexpr std::int64_t kGradientRows = 128, kGradientStep = 2 * kPanel;
+constexpr int kGradientColumns = 64;
 
 struct BackwardSizes {
     std::size_t ds, dgains, member;
     ReduceConfig reduce;
+    std::int64_t width;  // columns of a step of dA
     int threads;
     std::size_t total() const {
         return ds + dgains + member * static_cast<std::size_t>(threads);
     }
 };
+
+LORA_ORTHO_INLINE std::int64_t gradient_columns(const Header& h, std::size_t element) {
+    const std::int64_t row = h.rank_sum * static_cast<std::int64_t>(element);
+    const std::int64_t columns = (std::int64_t{128} << 10) / row / kGradientStep * kGradientStep;
+    return columns < kGradientStep ? kGradientStep : columns > kGradientColumns ? kGradientColumns
+                                                                      : columns;
+}
 
 template <class C>
 BackwardSizes backward_sizes(const Header& h, const lora_ortho_call& call) {
@@ -27,10 +37,13 @@ BackwardSizes backward_sizes(const Header& h, const lora_ortho_call& call) {
     const int threads = team_size(call.threads);
     const ReduceConfig config = reduce_config(h, sizeof(C), threads);
     const std::size_t reduce = reduce_scratch<C>(h, config.columns);
-    const std::size_t rest = sizeof(ExpandScratch<C>) + kGradientRows * kColumnPad * sizeof(C);
+    const std::int64_t width = gradient_columns(h, sizeof(C));
+    const std::size_t rest =
+        sizeof(ExpandScratch<C>) +
+        static_cast<std::size_t>((kGradientRows + h.rank_sum) * width) * sizeof(C);
     return {align(static_cast<std::size_t>(call.tokens * h.padded_rank_sum) * sizeof(C)),
             align(static_cast<std::size_t>(ceil_div(call.tokens, kGainRows) * h.adapters) * 8),
-            align(reduce > rest ? reduce : rest), config, threads};
+            align(reduce > rest ? reduce : rest), config, width, threads};
 }
 
 // For rows of one chunk: dgains_j += ds_j . s_j, then ds becomes (rank_sum) wide and scaled by the
@@ -81,57 +94,43 @@ void write_dx(const Layout& l, const C* ds, std::int64_t row0, std::int64_t row1
     }
 }
 
-// out[i][n] (+)= acc[i][n], columns beyond `cols` dropped.
-template <class C, int MR, int NV>
-LORA_ORTHO_INLINE void add_tile(const Vec<C> (&acc)[MR][NV], bool add, C* out, std::ptrdiff_t pitch,
-                                std::int64_t cols) {
-#pragma GCC unroll 16
-    for (int i = 0; i < MR; ++i)
-#pragma GCC unroll 16
-        for (int v = 0; v < NV; ++v) {
-            C* to = out + i * pitch + v * kLanes<C>;
-            if ((v + 1) * kLanes<C> <= cols) {
-                store(to, add ? load(to) + acc[i][v] : acc[i][v]);
-            } else {
-                for (int lane = 0; v * kLanes<C> + lane < cols; ++lane)
-                    to[lane] = (add ? to[lane] : C{0}) + acc[i][v][lane];
-            }
-        }
-}
-
-// dA (rank_sum, d_in) = ds^T x over columns [col0, col0 + cols), cols <= kColumnPad.
+// dA = ds^T x over columns [col0, col0 + cols). `block` holds rows of x, `sums` (rank_sum, width).
 template <class IO, class C>
-void write_dA(const Layout& l, const C* ds, View<IO> x, std::int64_t tokens, std::int64_t col0,
-              std::int64_t cols, C* dA, C* block) {
+void gather_dA(const Layout& l, const C* ds, View<IO> x, std::int64_t tokens, std::int64_t col0,
+               std::int64_t cols, std::int64_t width, C* block, C* sums,
+               const FactorGradients& factors) {
     constexpr int NP = Tile<C>::panels, NV = NP * kPanelVectors<C>;
-    if (tokens == 0)
-        for (std::int64_t r = 0; r < l.h.rank_sum; ++r)
-            for (std::int64_t n = 0; n < cols; ++n) dA[r * l.h.d_in + col0 + n] = 0;
+    std::memset(sums, 0, static_cast<std::size_t>(l.h.rank_sum * width) * sizeof(C));
     for (std::int64_t m = 0; m < tokens; m += kGradientRows) {
         const std::int64_t rows = tokens - m < kGradientRows ? tokens - m : kGradientRows;
-        load_block(x, m, rows, col0, cols, kColumnPad, block, kColumnPad);
+        load_block(x, m, rows, col0, cols, width, block, width);
         for (std::int64_t r = 0; r < l.h.rank_sum; r += kRowBlock) {
             const std::int64_t left = l.h.rank_sum - r;
             for_row_tiles<Tile<C>::rows>(static_cast<int>(left < kRowBlock ? left : kRowBlock),
                              [&](auto mr, int i) __attribute__((always_inline)) {
                 constexpr int MR = decltype(mr)::value;
-                for (int n = 0; n < cols; n += NP * kPanel) {
-                    Vec<C> acc[MR][NV] = {};
+                for (std::int64_t n = 0; n < cols; n += NP * kPanel) {
+                    C* to = sums + (r + i) * width + n;
+                    Vec<C> acc[MR][NV];
+#pragma GCC unroll 16
+                    for (int at = 0; at < MR * NV; ++at)
+                        acc[at / NV][at % NV] = load(to + at / NV * width + at % NV * kLanes<C>);
                     multiply<C, MR, NP>(ds + m * l.h.padded_rank_sum + r + i, 1,
-                                        l.h.padded_rank_sum, block + n, kPanel, kColumnPad, rows,
-                                        acc);
-                    add_tile<C, MR, NV>(acc, m > 0, dA + (r + i) * l.h.d_in + col0 + n, l.h.d_in,
-                                        cols - n);
+                                        l.h.padded_rank_sum, block + n, kPanel, width, rows, acc);
+#pragma GCC unroll 16
+                    for (int at = 0; at < MR * NV; ++at)
+                        store(to + at / NV * width + at % NV * kLanes<C>, acc[at / NV][at % NV]);
                 }
             });
         }
     }
+    write_dA(l, sums, width, 0, l.h.rank_sum, col0, cols, factors);
 }
 
 template <class IO>
 void backward_float(const void* packed, const lora_ortho_call& call, const lora_ortho_matrix& grad,
-                    const lora_ortho_matrix& x, const void* s, void* dx, void* dA, void* dB,
-                    double* dgains, void* workspace) {
+                    const lora_ortho_matrix& x, const void* s, void* dx,
+                    const FactorGradients& factors, double* dgains, void* workspace) {
     using C = typename ComputeOf<IO>::type;
     const Layout l(packed);
     const BackwardSizes sizes = backward_sizes<C>(l.h, call);
@@ -144,7 +143,7 @@ void backward_float(const void* packed, const lora_ortho_call& call, const lora_
     const Draw draw{call, l};
     run_team(sizes.threads, [&](const Team& team) {
         char* own = members + sizes.member * static_cast<std::size_t>(team.id);
-        reduce<IO, C>(draw, sizes.reduce, view_of<IO>(grad), s_in, ds, static_cast<C*>(dB), team,
+        reduce<IO, C>(draw, sizes.reduce, view_of<IO>(grad), s_in, ds, factors, team,
                       *reinterpret_cast<ReduceScratch<C>*>(own));
         for (std::int64_t c = team.begin(chunks); c < team.end(chunks); ++c) {
             const std::int64_t row0 = c * kGainRows;
@@ -156,13 +155,14 @@ void backward_float(const void* packed, const lora_ortho_call& call, const lora_
         }
         team.barrier();
         if (dgains && team.id == 0) add_dgains(l, chunks, sums, dgains);
-        const std::int64_t stripes = ceil_div(l.h.d_in, kColumnPad);
+        const std::int64_t width = sizes.width, stripes = ceil_div(l.h.d_in, width);
         C* block = reinterpret_cast<C*>(own + sizeof(ExpandScratch<C>));
-        if (dA)
+        if (factors.dA)
             for (std::int64_t p = team.begin(stripes); p < team.end(stripes); ++p) {
-                const std::int64_t left = l.h.d_in - p * kColumnPad;
-                write_dA<IO, C>(l, ds, view_of<IO>(x), call.tokens, p * kColumnPad,
-                                left < kColumnPad ? left : kColumnPad, static_cast<C*>(dA), block);
+                const std::int64_t left = l.h.d_in - p * width;
+                gather_dA<IO, C>(l, ds, view_of<IO>(x), call.tokens, p * width,
+                                 left < width ? left : width, width, block,
+                                 block + kGradientRows * width, factors);
             }
     });
 }

@@ -34,17 +34,6 @@ void pack(const lora_ortho_factors& f, void* packed) {
 #endif
 }
 
-// Calls body with a value of the storage type of the factors.
-template <class Body>
-void with_storage(std::int32_t dtype, Body body) {
-    switch (dtype) {
-        case LORA_ORTHO_FLOAT32: return body(float{});
-        case LORA_ORTHO_BFLOAT16: return body(bfloat16{});
-        case LORA_ORTHO_FLOAT16: return body(float16{});
-        default: return body(double{});
-    }
-}
-
 void forward(const void* packed, const lora_ortho_call& call, const lora_ortho_matrix& x,
              const lora_ortho_matrix* base, void* y, void* s) {
     const Header& h = *static_cast<const Header*>(packed);
@@ -69,17 +58,17 @@ std::size_t backward_bytes(const Header& h, const lora_ortho_call& call) {
 }
 
 void backward(const void* packed, const lora_ortho_call& call, const lora_ortho_matrix& grad,
-              const lora_ortho_matrix& x, const void* s, void* dx, void* dA, void* dB,
+              const lora_ortho_matrix& x, const void* s, void* dx, const FactorGradients& factors,
               double* dgains, void* workspace) {
 #if defined(__AMX_BF16__)
     const Header& h = *static_cast<const Header*>(packed);
     if (backward_on_tiles(h, call.tokens))
         return h.dtype == LORA_ORTHO_BFLOAT16
-                   ? backward_tiles<bfloat16>(packed, call, grad, x, s, dx, dA, dB, dgains, workspace)
-                   : backward_tiles<float>(packed, call, grad, x, s, dx, dA, dB, dgains, workspace);
+                   ? backward_tiles<bfloat16>(packed, call, grad, x, s, dx, factors, dgains, workspace)
+                   : backward_tiles<float>(packed, call, grad, x, s, dx, factors, dgains, workspace);
 #endif
     with_storage(static_cast<const Header*>(packed)->dtype, [&](auto storage) {
-        backward_float<decltype(storage)>(packed, call, grad, x, s, dx, dA, dB, dgains, workspace);
+        backward_float<decltype(storage)>(packed, call, grad, x, s, dx, factors, dgains, workspace);
     });
 }
 

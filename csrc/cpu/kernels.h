@@ -48,6 +48,12 @@ enum PathBits : std::int32_t {
     kTileBackward = 8,
 };
 
+// Where the gradients of the factors go: K blocks (r_j, d_in) and (d_out, r_j). Null: not wanted.
+struct FactorGradients {
+    void *dA, *dB;
+    std::int32_t dtype;
+};
+
 struct Kernels {
     // Fills the second part of the header. `ranks` are those of the factors.
     void (*plan)(Header& header, const std::int64_t* ranks);
@@ -57,8 +63,8 @@ struct Kernels {
                     const lora_ortho_matrix* base, void* y, void* s);
     std::size_t (*backward_bytes)(const Header& header, const lora_ortho_call& call);
     void (*backward)(const void* packed, const lora_ortho_call& call, const lora_ortho_matrix& grad,
-                     const lora_ortho_matrix& x, const void* s, void* dx, void* dA, void* dB,
-                     double* dgains, void* workspace);
+                     const lora_ortho_matrix& x, const void* s, void* dx,
+                     const FactorGradients& factors, double* dgains, void* workspace);
 };
 
 // Null where this build has no kernels for the instruction set. Defined by the translation unit that

@@ -5,6 +5,7 @@
 #pragma once
 
 #include "cpu/expand.h"
+#include "cpu/factor_gradients.h"
 
 namespace lora_ortho::cpu::LORA_ORTHO_ISA {
 
@@ -152,24 +153,12 @@ void reduce_block(const Draw& draw, View<IO> grad, const IO* s, std::int64_t row
     }
 }
 
-// dB (d_out, rank_sum) = gain * db of a block.
-template <class C>
-LORA_ORTHO_INLINE void write_dB(const Layout& l, const double* gains, const C* db,
-                                std::int64_t col0, int cols, C* dB) {
-    for (int n = 0; n < cols; ++n) {
-        C* out = dB + (col0 + n) * l.h.rank_sum;
-        for (int j = 0; j < l.h.adapters; ++j)
-            for (std::int64_t k = 0; k < l.ranks[j]; ++k)
-                *out++ = static_cast<C>(gains[j]) * db[n * l.h.padded_rank_sum + j * l.padded + k];
-    }
-}
-
 // All blocks. Member t owns one block of columns a round and walks the team's stripes of rows from its
 // own on, so that no two members ever touch the same rows of ds or columns of dB: one pass over grad,
 // no partial sums, a fixed order. Ends with a barrier.
 template <class IO, class C>
-void reduce(const Draw& draw, const ReduceConfig& config, View<IO> grad, const IO* s, C* ds, C* dB,
-            const Team& team, ReduceScratch<C>& t) {
+void reduce(const Draw& draw, const ReduceConfig& config, View<IO> grad, const IO* s, C* ds,
+            const FactorGradients& factors, const Team& team, ReduceScratch<C>& t) {
     const Layout& l = draw.l;
     const std::int64_t tokens = draw.call.tokens, pitch = l.h.padded_rank_sum;
     C* db = t.s(l.h.adapters) + pitch;
@@ -190,7 +179,8 @@ void reduce(const Draw& draw, const ReduceConfig& config, View<IO> grad, const I
                                     cols, ds, db, t);
             team.barrier();
         }
-        if (busy && dB) write_dB(l, draw.call.gains, db, col0, cols, dB);
+        if (busy && factors.dB)
+            write_dB(l, draw.call.gains, db, l.padded, pitch, 1, col0, cols, factors);
     }
 }
 

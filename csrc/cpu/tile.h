@@ -70,6 +70,17 @@ LORA_ORTHO_INLINE void for_row_tiles(int rows, Body body) {
     for (; i < rows; ++i) body(Int<1>{}, i);
 }
 
+// Calls body with a value of the storage type that a lora_ortho_dtype names.
+template <class Body>
+LORA_ORTHO_INLINE void with_storage(std::int32_t dtype, Body body) {
+    switch (dtype) {
+        case LORA_ORTHO_FLOAT32: return body(float{});
+        case LORA_ORTHO_BFLOAT16: return body(bfloat16{});
+        case LORA_ORTHO_FLOAT16: return body(float16{});
+        default: return body(double{});
+    }
+}
+
 // A strided matrix of one storage type.
 template <class IO>
 struct View {

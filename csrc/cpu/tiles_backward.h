@@ -8,8 +8,7 @@
 
 namespace lora_ortho::cpu::LORA_ORTHO_ISA {
 
-// Columns of a block of dA.
-constexpr int kGradientColumns = 4 * kTile;
+static_assert(kGradientColumns % kTile == 0);
 
 template <int P>
 struct TileGradientScratch {
@@ -48,7 +47,7 @@ struct TileBackwardSizes {
 // All blocks of columns, in the order of reduce.h's reduce(). Ends with a barrier.
 template <class IO, int P>
 void reduce_tiles(const TileLayout& l, const Draw& draw, View<IO> grad, const Left& transposed,
-                  std::int64_t rows, float* ds, float* dB, const Team& team,
+                  std::int64_t rows, float* ds, const FactorGradients& factors, const Team& team,
                   TileReduceScratch<P>& t) {
     const std::int64_t tokens = draw.call.tokens, stripes = rows / kTileSteps;
     const std::int64_t blocks = ceil_div(l.h.d_out, kReduceColumns);
@@ -68,7 +67,8 @@ void reduce_tiles(const TileLayout& l, const Draw& draw, View<IO> grad, const Le
                                          col0, cols, ds, t);
             team.barrier();
         }
-        if (busy && dB) write_dB_tiles(l, draw.call.gains, t.db(), col0, cols, dB);
+        if (busy && factors.dB)
+            write_dB(l, draw.call.gains, t.db(), l.narrow, 1, kReduceColumns, col0, cols, factors);
     }
 }
 
@@ -111,10 +111,11 @@ void write_dx_tiles(const TileLayout& l, const float* ds, std::int64_t row0, std
     }
 }
 
-// dA (rank_sum, d_in) = ds^T x over columns [col0, col0 + cols).
+// dA = ds^T x over columns [col0, col0 + cols).
 template <class IO, int P>
 void write_dA_tiles(const TileLayout& l, const Left& transposed, View<IO> x, std::int64_t tokens,
-                    std::int64_t col0, int cols, float* dA, TileGradientScratch<P>& t) {
+                    std::int64_t col0, int cols, const FactorGradients& factors,
+                    TileGradientScratch<P>& t) {
     float* sums = t.dA();
     std::memset(sums, 0, static_cast<std::size_t>(l.narrow_sum * kGradientColumns * 4));
     for (std::int64_t m = 0; m < tokens; m += kReduceRows<P>) {
@@ -130,16 +131,14 @@ void write_dA_tiles(const TileLayout& l, const Left& transposed, View<IO> x, std
         }
     }
     for (int j = 0; j < l.h.adapters; ++j)
-        for (std::int64_t k = 0; k < l.ranks[j]; ++k)
-            std::memcpy(dA + (l.rank_begin[j] + k) * l.h.d_in + col0,
-                        sums + (j * l.narrow + k) * kGradientColumns,
-                        static_cast<std::size_t>(cols) * sizeof(float));
+        write_dA(l, sums + j * l.narrow * kGradientColumns, kGradientColumns, l.rank_begin[j], l.ranks[j],
+                 col0, cols, factors);
 }
 
 template <class IO>
 void backward_tiles(const void* packed, const lora_ortho_call& call, const lora_ortho_matrix& grad,
-                    const lora_ortho_matrix& x, const void* s, void* dx, void* dA, void* dB,
-                    double* dgains, void* workspace) {
+                    const lora_ortho_matrix& x, const void* s, void* dx,
+                    const FactorGradients& factors, double* dgains, void* workspace) {
     constexpr int P = kPlanes<IO>;
     const TileLayout l(packed, P);
     const TileBackwardSizes<P> sizes(l, call);
@@ -169,14 +168,13 @@ void backward_tiles(const void* packed, const lora_ortho_call& call, const lora_
                           });
         team.barrier();
         reduce_tiles<IO, P>(l, draw, view_of<IO>(grad), transposed, sizes.rows, ds,
-                            static_cast<float*>(dB), team,
-                            *reinterpret_cast<TileReduceScratch<P>*>(own));
+                            factors, team, *reinterpret_cast<TileReduceScratch<P>*>(own));
         auto& t = *reinterpret_cast<TileGradientScratch<P>*>(own);
         for (std::int64_t c = team.begin(chunks); c < team.end(chunks); ++c) {
             const std::int64_t begin = c * kGainRows;
             const std::int64_t end = begin + kGainRows < call.tokens ? begin + kGainRows : call.tokens;
             scale_ds<IO>(l, call.gains, s_in, begin, end, ds, sums + c * l.h.adapters);
-            if (dA)
+            if (factors.dA)
                 transpose_rows<P>(l, begin, end, sizes.pitch, flipped,
                                   [&](std::int64_t m, int j, std::int64_t k) {
                                       return ds[m * l.narrow_sum + j * l.narrow + k];
@@ -186,13 +184,13 @@ void backward_tiles(const void* packed, const lora_ortho_call& call, const lora_
         team.barrier();
         if (dgains && team.id == 0) add_dgains(l, chunks, sums, dgains);
         const std::int64_t pieces = ceil_div(l.h.d_in, kGradientColumns);
-        if (dA)
+        if (factors.dA)
             for (std::int64_t p = team.begin(pieces); p < team.end(pieces); ++p) {
                 const std::int64_t col0 = p * kGradientColumns, left = l.h.d_in - col0;
                 write_dA_tiles<IO, P>(l, transposed, view_of<IO>(x), call.tokens, col0,
                                       static_cast<int>(left < kGradientColumns ? left
                                                                                : kGradientColumns),
-                                      static_cast<float*>(dA), t);
+                                      factors, t);
             }
     });
 }

@@ -176,17 +176,6 @@ LORA_ORTHO_INLINE void transpose_rows(const TileLayout& l, std::int64_t row0, st
         }
 }
 
-// Writes dB (d_out, rank_sum) from dB^T of a block.
-LORA_ORTHO_INLINE void write_dB_tiles(const TileLayout& l, const double* gains, const float* db,
-                                      std::int64_t col0, int cols, float* dB) {
-    for (int n = 0; n < cols; ++n) {
-        float* out = dB + (col0 + n) * l.h.rank_sum;
-        for (int j = 0; j < l.h.adapters; ++j)
-            for (std::int64_t k = 0; k < l.ranks[j]; ++k)
-                *out++ = static_cast<float>(gains[j]) * db[(j * l.narrow + k) * kReduceColumns + n];
-    }
-}
-
 }  // namespace lora_ortho::cpu::LORA_ORTHO_ISA
 
 #endif

@@ -88,8 +88,8 @@ public:
         const auto workspace = aligned(needed);
         std::vector<double> dgains(kAdapters);
         require(lora_ortho_backward(packed_.get(), bytes_, &call, &grad_matrix, &x_, s_.data(),
-                                    nullptr, nullptr, nullptr, dgains.data(), workspace.get(),
-                                    needed));
+                                    nullptr, nullptr, nullptr, LORA_ORTHO_FLOAT64, dgains.data(),
+                                    workspace.get(), needed));
         return dgains;
     }
 

@@ -112,28 +112,31 @@ def backward(
     seed: int | Tensor,
     place: Place,
     needs: tuple[bool, bool, bool, bool],
+    factor_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See ``backends.reference.backward``."""
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     rank_sum = s.shape[1]
-    shapes = (x.shape, (rank_sum, x.shape[1]), (grad.shape[1], rank_sum), gains.shape)
-    dtypes = (x.dtype, wide, wide, gains.dtype)
+    shapes = (x.shape, (rank_sum, x.shape[1]), (grad.shape[1] * rank_sum,), gains.shape)
+    dtypes = (x.dtype, factor_dtype, factor_dtype, gains.dtype)
     outputs = tuple(
         _output(shape if needed else (0,), dtype)
         for shape, dtype, needed in zip(shapes, dtypes, needs, strict=True)
     )
+    dx, dA, dB, dgains = outputs
+    addresses = [out.data_ptr() if need else 0 for out, need in zip(outputs, needs, strict=True)]
     packed.native.backward(
         _matrix(grad),
         _matrix(x),
         s.data_ptr(),
-        *(out.data_ptr() if needed else 0 for out, needed in zip(outputs, needs, strict=True)),
+        *addresses[:3],
+        _DTYPE_NAMES[factor_dtype],
+        addresses[3],
         x.shape[0],
         gains.data_ptr(),
         _unsigned(seed),
         *place,
         torch.get_num_threads(),
     )
-    dx, dA, dB, dgains = outputs
     return dx, dA, dB, dgains
 
 

@@ -74,15 +74,17 @@ def backward(
     seed: int | Tensor,
     place: Place,
     needs: tuple[bool, bool, bool, bool],
+    factor_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gradients of :func:`forward`, from grad (tokens, d_out), any strides.
 
     Args:
         needs: which of the gradients in x, lora_A, lora_B and gains are wanted.
+        factor_dtype: of the gradients in lora_A and lora_B.
     Returns:
-        dx (tokens, d_in) in the dtype of x; dA (Σ r, d_in) and dB (d_out, Σ r), adapters side by
-        side, in float32 (float64 for float64); dgains (K,) in the dtype of gains. Tensors of no
-        elements where not wanted.
+        dx (tokens, d_in) in the dtype of x; dA (Σ r, d_in), the blocks (r_j, d_in) of all adapters;
+        dB (d_out · Σ r,), their blocks (d_out, r_j), each contiguous; dgains (K,) in the dtype of
+        gains. Tensors of no elements where not wanted.
     """
     wide = wide_dtype(x.dtype)
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
@@ -90,7 +92,8 @@ def backward(
         lora_B = [B.to(wide) for B in packed.lora_B]
         masks = _masks(packed.problem, x, seed, place)
         dx, dA, dB, dgains = merge_gradients(grad, x, lora_A, lora_B, gains, masks)
-        found = (dx, torch.cat(dA), torch.cat(dB, dim=1), dgains)
+        blocks = torch.cat([b.reshape(-1) for b in dB])
+        found = (dx, torch.cat(dA).to(factor_dtype), blocks.to(factor_dtype), dgains)
     dx, dA_all, dB_all, dgains = (
         tensor if needed else tensor.new_empty(0)
         for tensor, needed in zip(found, needs, strict=True)

@@ -47,7 +47,7 @@ constexpr Kernels kFake = {
     },
     [](const Header&, const lora_ortho_call&) { return kWorkspace; },
     [](const void*, const lora_ortho_call&, const lora_ortho_matrix&, const lora_ortho_matrix&,
-       const void*, void* dx, void*, void*, double*, void*) {
+       const void*, void* dx, const lora_ortho::cpu::FactorGradients&, double*, void*) {
         act();
         if (dx) *static_cast<float*>(dx) = 1.0f;
     },
@@ -94,6 +94,7 @@ struct Arguments {
     alignas(64) unsigned char packed[2048];
     alignas(64) unsigned char workspace[kWorkspace];
     std::size_t packed_bytes = sizeof packed;
+    std::int32_t factor_dtype = LORA_ORTHO_FLOAT32;
     std::vector<float> y = std::vector<float>(kTokens * kOut, kUntouched);
     std::vector<float> s = std::vector<float>(kTokens * kRankSum, kUntouched);
     std::vector<float> dx = std::vector<float>(kTokens * kIn, kUntouched);
@@ -149,7 +150,8 @@ struct Arguments {
     lora_ortho_status backward() {
         const lora_ortho_status status =
             lora_ortho_backward(packed, packed_bytes, &call, &base, &x, s.data(), dx.data(),
-                                dA.data(), dB.data(), dgains.data(), workspace, sizeof workspace);
+                                dA.data(), dB.data(), factor_dtype, dgains.data(), workspace,
+                                sizeof workspace);
         if (status != LORA_ORTHO_OK) CHECK(dx[0] == kUntouched && dgains[0] == kUntouched);
         return status;
     }

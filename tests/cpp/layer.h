@@ -175,7 +175,8 @@ struct Layer {
     }
 };
 
-// All outputs of the formula. ds = dL/ds, gains folded in; saved = s as it is kept in its dtype.
+// All outputs of the formula. ds = dL/ds, gains folded in; saved = s as it is kept in its dtype; dB one
+// block (d_out, r_j) after another.
 struct Formula {
     Expected s, saved, y, ds, dx, dA, dB, dgains;
 
@@ -186,7 +187,7 @@ struct Formula {
           ds(s),
           dx(l.shape.tokens, l.shape.d_in),
           dA(l.shape.rank_sum(), l.shape.d_in),
-          dB(l.shape.d_out, l.shape.rank_sum()),
+          dB(1, l.shape.d_out * l.shape.rank_sum()),
           dgains(1, l.shape.adapters()) {
         const Shape& p = l.shape;
         std::int64_t begin = 0;
@@ -222,7 +223,7 @@ private:
                 const std::size_t at = s.at(m, begin + r);
                 y.add(y.at(m, n), gain * B(n, r), saved, at);
                 ds.add(at, gain * g * B(n, r));
-                dB.add(dB.at(n, begin + r), gain * g, saved, at);
+                dB.add(dB.at(0, l.shape.d_out * begin + n * B.cols + r), gain * g, saved, at);
                 dgains.add(dgains.at(0, j), g * B(n, r), saved, at);
             }
         }

@@ -136,8 +136,8 @@ struct Outputs {
         : y(make(p.tokens * p.d_out, p.dtype, poison)),
           s(make(p.tokens * p.rank_sum(), p.dtype, poison)),
           dx(make(p.tokens * p.d_in, p.dtype, poison)),
-          dA(make(p.rank_sum() * p.d_in, accumulator_of(p.dtype), poison)),
-          dB(make(p.rank_sum() * p.d_out, accumulator_of(p.dtype), poison)),
+          dA(make(p.rank_sum() * p.d_in, p.factor_dtype, poison)),
+          dB(make(p.rank_sum() * p.d_out, p.factor_dtype, poison)),
           dgains(make(p.adapters(), LORA_ORTHO_FLOAT64, poison)) {}
     bool operator==(const Outputs& o) const {
         return y == o.y && s == o.s && dx == o.dx && dA == o.dA && dB == o.dB && dgains == o.dgains;
@@ -179,6 +179,7 @@ inline void backward(const Layer& l, const Buffer& packed, int threads, Outputs&
     CHECK_EQ(
         lora_ortho_backward(packed.data(), packed.bytes(), &call, &l.grad.view, &l.x.view,
                             out.s.data(), data(1, out.dx), data(2, out.dA), data(4, out.dB),
-                            static_cast<double*>(data(8, out.dgains)), workspace.data(), bytes),
+                            l.shape.factor_dtype, static_cast<double*>(data(8, out.dgains)),
+                            workspace.data(), bytes),
         LORA_ORTHO_OK);
 }

@@ -34,7 +34,8 @@ TEST(valid_arguments_reach_the_kernels) {
                                 a.s.data()),
              LORA_ORTHO_OK);
     CHECK_EQ(lora_ortho_backward(a.packed, a.packed_bytes, &a.call, &a.base, &a.x, a.s.data(),
-                                 nullptr, nullptr, nullptr, nullptr, a.workspace, kWorkspace),
+                                 nullptr, nullptr, nullptr, LORA_ORTHO_FLOAT32, nullptr,
+                                 a.workspace, kWorkspace),
              LORA_ORTHO_OK);
 }
 
@@ -170,6 +171,8 @@ TEST(operands_are_checked) {
         CHECK_EQ(after(function, [](Arguments& a) { a.base.row_stride = a.base.col_stride = 0; }),
                  LORA_ORTHO_OK);
     }
+    CHECK_EQ(AFTER(backward, a.factor_dtype = 4), LORA_ORTHO_BAD_DTYPE);
+    CHECK_EQ(AFTER(backward, a.factor_dtype = -1), LORA_ORTHO_BAD_DTYPE);
     Arguments a;
     const auto forward = [&](const lora_ortho_matrix* x, void* y, void* s) {
         return lora_ortho_forward(a.packed, 2048, &a.call, x, nullptr, y, s);
@@ -184,8 +187,8 @@ TEST(operands_are_checked) {
     const auto backward = [&](const lora_ortho_matrix* grad, const void* saved, float* dx,
                               float* dA, float* dB, double* dgains, void* workspace,
                               std::size_t bytes) {
-        return lora_ortho_backward(a.packed, 2048, &a.call, grad, &a.x, saved, dx, dA, dB, dgains,
-                                   workspace, bytes);
+        return lora_ortho_backward(a.packed, 2048, &a.call, grad, &a.x, saved, dx, dA, dB,
+                                   LORA_ORTHO_FLOAT32, dgains, workspace, bytes);
     };
     float* dx = a.dx.data();
     double* dgains = a.dgains.data();
@@ -216,7 +219,8 @@ TEST(no_tokens_need_no_memory_and_have_zero_gradients) {
     CHECK_EQ(lora_ortho_backward_bytes(a.packed, 2048, &a.call, &bytes), LORA_ORTHO_OK);
     CHECK_EQ(bytes, std::size_t{0});
     CHECK_EQ(lora_ortho_backward(a.packed, 2048, &a.call, &a.base, &a.x, nullptr, nullptr,
-                                 a.dA.data(), a.dB.data(), a.dgains.data(), nullptr, 0),
+                                 a.dA.data(), a.dB.data(), LORA_ORTHO_FLOAT32, a.dgains.data(),
+                                 nullptr, 0),
              LORA_ORTHO_OK);
     for (const float value : a.dA) CHECK_EQ(value, 0.0f);
     for (const float value : a.dB) CHECK_EQ(value, 0.0f);

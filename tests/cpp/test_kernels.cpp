@@ -57,8 +57,8 @@ void compare_all(const Layer& l, const Formula& f, const Outputs& out, bool exac
     compare("s", out.s, p.dtype, f.s, exact, sums);
     compare("y", out.y, p.dtype, f.y, exact, sums + 2 * once);
     compare("dx", out.dx, p.dtype, f.dx, exact, sums + 2 * once);
-    compare("dA", out.dA, accumulator, f.dA, exact, sums + 2 * once);
-    compare("dB", out.dB, accumulator, f.dB, exact, sums + 2 * once);
+    compare("dA", out.dA, p.factor_dtype, f.dA, exact, sums + 2 * once);
+    compare("dB", out.dB, p.factor_dtype, f.dB, exact, sums + 2 * once);
     compare("dgains", out.dgains, LORA_ORTHO_FLOAT64, f.dgains, exact, sums * longest + 2 * once);
 }
 

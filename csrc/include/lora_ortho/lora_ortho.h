@@ -145,9 +145,10 @@ LORA_ORTHO_API lora_ortho_status lora_ortho_forward(const void *packed, size_t p
                                                     const lora_ortho_matrix *base, void *y, void *s);
 
 /* Gradients from grad = dL/dy (tokens, d_out), any strides. Outputs may be null where not wanted:
- *   dx (tokens, d_in) contiguous, dtype of the factors;
- *   dA (sum r, d_in) and dB (d_out, sum r), contiguous, float32 (float64 for float64),
- *   adapters side by side; dgains (K) = dL/d gain_j.
+ *   dx (tokens, d_in) contiguous, dtype of x;
+ *   dA and dB: K contiguous blocks each, (r_j, d_in) and (d_out, r_j), one after another without
+ *   gaps, in factor_dtype, summed in float32 (float64 for float64) and rounded once;
+ *   dgains (K) = dL/d gain_j.
  * workspace: lora_ortho_backward_bytes bytes, aligned to LORA_ORTHO_ALIGNMENT. */
 LORA_ORTHO_API lora_ortho_status lora_ortho_backward_bytes(const void *packed, size_t packed_bytes,
                                                            const lora_ortho_call *call,
@@ -156,7 +157,8 @@ LORA_ORTHO_API lora_ortho_status lora_ortho_backward(const void *packed, size_t 
                                                      const lora_ortho_call *call,
                                                      const lora_ortho_matrix *grad,
                                                      const lora_ortho_matrix *x, const void *s,
-                                                     void *dx, void *dA, void *dB, double *dgains,
+                                                     void *dx, void *dA, void *dB,
+                                                     int32_t factor_dtype, double *dgains,
                                                      void *workspace, size_t workspace_bytes);
 
 #ifdef __cplusplus
