@@ -7,73 +7,115 @@
 
 namespace lora_ortho::cpu::LORA_ORTHO_ISA {
 
-// Columns of one call of the vector generator, and the slack that an unaligned column_offset needs.
+// Columns of one vector of the generator, one 64-bit lane per group of eight; the most that a block
+// has; the slack that an unaligned column_offset and the last vector need.
 constexpr int kDrawColumns = 8 * kLanes<std::uint64_t>;
+constexpr int kDrawBlock = 128;
 constexpr int kDrawSlack = kDrawColumns;
 
-// Philox4x32-7 of one lane per group of eight columns.
-class RowDraws {
+// Philox4x32-7 for rows of one block of columns. The row enters as the second word of the counter and
+// meets the column, the first, in round 3: what rounds 1 to 3 make of the column alone is computed once.
+class BlockDraws {
     using U64 = Vec<std::uint64_t>;
 
 public:
-    RowDraws(std::uint64_t seed, std::uint32_t stream, std::uint32_t sample, std::uint32_t lane_set)
-        : stream_(stream), last_((sample << 8) | lane_set) {
-        std::uint32_t k0 = static_cast<std::uint32_t>(seed);
-        std::uint32_t k1 = static_cast<std::uint32_t>(seed >> 32);
+    // The block is `columns` <= kDrawBlock columns from `column` on.
+    BlockDraws(const lora_ortho_call& call, int lane_set, std::uint64_t column, int columns)
+        : skip_(static_cast<int>(column & 7)),
+          vectors_((columns + skip_ + kDrawColumns - 1) / kDrawColumns) {
+        std::uint32_t k0 = static_cast<std::uint32_t>(call.seed);
+        std::uint32_t k1 = static_cast<std::uint32_t>(call.seed >> 32);
         for (int i = 0; i < kRounds; ++i) {
             key0_[i] = k0;
             key1_[i] = k1;
-            k0 += 0x9e3779b9u;
-            k1 += 0xbb67ae85u;
+            k0 += LORA_ORTHO_PHILOX_W0;
+            k1 += LORA_ORTHO_PHILOX_W1;
+        }
+        const std::uint64_t last =
+            (call.sample << 8) | static_cast<std::uint32_t>(lane_set);
+        const std::uint64_t p1 = std::uint64_t{LORA_ORTHO_PHILOX_M1} * call.stream;
+        row_key_ = (p1 >> 32) ^ key0_[0];
+        U64 group = splat(column >> 3) + kLaneGroup;
+        for (int v = 0; v < vectors_; ++v, group += splat<std::uint64_t>(2 * kBlocks)) {
+            const U64 first = mul_wide(splat(kM0), group);
+            const U64 c2 = (first >> 32) ^ splat(last ^ key1_[0]);
+            const U64 second = mul_wide(splat(kM1), c2);
+            const U64 c0 = (second >> 32) ^ splat((p1 & kLow) ^ key0_[1]);
+            const U64 third = mul_wide(splat(kM0), c0);
+            columns_[v] = {first ^ splat(key1_[1]), second ^ splat(key0_[2]),
+                           (third >> 32) ^ splat(key1_[2]), third};
         }
     }
 
-    // Writes the draws of `columns` columns from `column` (a multiple of 8) on, rounded up to
-    // kDrawColumns. `out` is aligned to a vector.
-    void row(std::uint64_t row, std::uint64_t column, std::int64_t columns,
-             std::uint16_t* out) const {
-        U64 group;
-        for (int lane = 0; lane < kLanes<std::uint64_t>; ++lane)
-            group[lane] = (column >> 3) + lane / 2 + (lane % 2) * kBlocks;
-        for (std::int64_t done = 0; done < columns; done += kDrawColumns) {
-            call(group, row, out + done);
-            group += splat<std::uint64_t>(2 * kBlocks);
-        }
+    // Writes the draws of a row to `buffer`, aligned to a vector, of kDrawSlack more elements than the
+    // block has columns; returns where the block's first is.
+    LORA_ORTHO_INLINE const std::uint16_t* row(std::uint64_t row, std::uint16_t* buffer) const {
+        const std::uint64_t p0 = kM0 * (row ^ row_key_);  // both below 2^32
+        const U64 high = splat(p0 >> 32), low = splat(p0 & kLow);
+        for (int v = 0; v < vectors_; ++v) finish(columns_[v], high, low, buffer + v * kDrawColumns);
+        return buffer + skip_;
     }
 
 private:
-    static constexpr int kRounds = 7;
+    static constexpr int kRounds = LORA_ORTHO_PHILOX_ROUNDS;
     static constexpr int kBlocks = kVectorBytes / 16;  // 128-bit blocks, one group of columns each
+    static constexpr std::uint64_t kM0 = LORA_ORTHO_PHILOX_M0, kM1 = LORA_ORTHO_PHILOX_M1;
+    static constexpr std::uint64_t kLow = 0xffffffffu;
 
-    LORA_ORTHO_INLINE void call(U64 c0, std::uint64_t row, std::uint16_t* out) const {
-        U64 c1 = splat(row), c2 = splat<std::uint64_t>(stream_), c3 = splat<std::uint64_t>(last_);
-        const U64 m0 = splat<std::uint64_t>(0xd2511f53u), m1 = splat<std::uint64_t>(0xcd9e8d57u);
+    // Which group of columns each lane has, as finish() needs it.
+#if defined(__AVX512F__)
+    static constexpr U64 kLaneGroup = {0, 4, 1, 5, 2, 6, 3, 7};
+#elif defined(__AVX2__)
+    static constexpr U64 kLaneGroup = {0, 2, 1, 3};
+#else
+    static constexpr U64 kLaneGroup = {0, 1};
+#endif
+
+    // The words of the counter before round 3, and what its first product leaves, without the row.
+    struct Column {
+        U64 c2, c1, after_c2, after_c3;
+    };
+
+    // From round 3 on; high and low are the halves of the product of the row in round 2. The upper
+    // halves of the words hold rubbish throughout.
+    LORA_ORTHO_INLINE void finish(const Column& column, U64 high, U64 low, std::uint16_t* out) const {
+        U64 p1 = mul_wide(splat(kM1), column.c2 ^ high);
+        U64 c0 = (p1 >> 32) ^ column.c1, c1 = p1;
+        U64 c2 = column.after_c2 ^ low, c3 = column.after_c3;
 #pragma GCC unroll 7
-        for (int i = 0; i < kRounds; ++i) {  // the upper halves of c1 and c3 hold rubbish throughout
-            const U64 p0 = mul_wide(m0, c0), p1 = mul_wide(m1, c2);
-            c0 = (p1 >> 32) ^ c1 ^ splat<std::uint64_t>(key0_[i]);
-            c2 = (p0 >> 32) ^ c3 ^ splat<std::uint64_t>(key1_[i]);
+        for (int i = 3; i + 1 < kRounds; ++i) {
+            const U64 p0 = mul_wide(splat(kM0), c0);
+            p1 = mul_wide(splat(kM1), c2);
+            c0 = (p1 >> 32) ^ c1 ^ splat(key0_[i]);
+            c2 = (p0 >> 32) ^ c3 ^ splat(key1_[i]);
             c1 = p1;
             c3 = p0;
         }
-        const U64 low = (c0 & 0xffffffffu) | (c1 << 32), high = (c2 & 0xffffffffu) | (c3 << 32);
+        const U64 first_pair = last_round(mul_wide(splat(kM1), c2), c1, key0_[kRounds - 1]);
+        const U64 second_pair = last_round(mul_wide(splat(kM0), c0), c3, key1_[kRounds - 1]);
         // Even lanes hold the first kBlocks groups, odd lanes the next.
 #if defined(__AVX512F__)
-        const U64 first = __builtin_shufflevector(low, high, 0, 8, 2, 10, 4, 12, 6, 14);
-        const U64 second = __builtin_shufflevector(low, high, 1, 9, 3, 11, 5, 13, 7, 15);
+        const U64 even = __builtin_shufflevector(first_pair, second_pair, 0, 8, 2, 10, 4, 12, 6, 14);
+        const U64 odd = __builtin_shufflevector(first_pair, second_pair, 1, 9, 3, 11, 5, 13, 7, 15);
 #elif defined(__AVX2__)
-        const U64 first = __builtin_shufflevector(low, high, 0, 4, 2, 6);
-        const U64 second = __builtin_shufflevector(low, high, 1, 5, 3, 7);
+        const U64 even = __builtin_shufflevector(first_pair, second_pair, 0, 4, 2, 6);
+        const U64 odd = __builtin_shufflevector(first_pair, second_pair, 1, 5, 3, 7);
 #else
-        const U64 first = __builtin_shufflevector(low, high, 0, 2);
-        const U64 second = __builtin_shufflevector(low, high, 1, 3);
+        const U64 even = __builtin_shufflevector(first_pair, second_pair, 0, 2);
+        const U64 odd = __builtin_shufflevector(first_pair, second_pair, 1, 3);
 #endif
-        __builtin_memcpy(out, &first, sizeof first);
-        __builtin_memcpy(out + 8 * kBlocks, &second, sizeof second);
+        __builtin_memcpy(out, &even, sizeof even);
+        __builtin_memcpy(out + 8 * kBlocks, &odd, sizeof odd);
+    }
+    // Two words of the output: high half of the product ^ word ^ key below, its low half above.
+    static LORA_ORTHO_INLINE U64 last_round(U64 product, U64 word, std::uint64_t key) {
+        return ((product >> 32) | (product << 32)) ^ ((word ^ splat(key)) & splat(kLow));
     }
 
+    Column columns_[kDrawBlock / kDrawColumns + 1];
     std::uint64_t key0_[kRounds], key1_[kRounds];
-    std::uint32_t stream_, last_;
+    std::uint64_t row_key_;
+    int skip_, vectors_;
 };
 
 }  // namespace lora_ortho::cpu::LORA_ORTHO_ISA

@@ -12,17 +12,14 @@ struct Draw {
     const lora_ortho_call& call;
     const Layout& l;
 
-    RowDraws stream_of(int lane_set) const {
-        return RowDraws(call.seed, call.stream, call.sample, static_cast<std::uint32_t>(lane_set));
+    // Those of columns [col, col + columns).
+    BlockDraws block(int lane_set, std::int64_t col, int columns) const {
+        return {call, lane_set, static_cast<std::uint64_t>(call.col_offset + col), columns};
     }
-    // The draws of columns [col, col + columns) of `row`; returns where the first of them is.
-    const std::uint16_t* row(const RowDraws& draws, std::int64_t row, std::int64_t col,
-                             std::int64_t columns, std::uint16_t* buffer) const {
-        const std::uint64_t first = static_cast<std::uint64_t>(call.col_offset + col);
-        const int shift = static_cast<int>(first & 7);
-        draws.row(static_cast<std::uint64_t>(call.row_offset + row), first - shift, columns + shift,
-                  buffer);
-        return buffer + shift;
+    // The draws of `row`; returns where the first of them is.
+    const std::uint16_t* row(const BlockDraws& block, std::int64_t row,
+                             std::uint16_t* buffer) const {
+        return block.row(static_cast<std::uint64_t>(call.row_offset + row), buffer);
     }
 };
 
@@ -196,9 +193,8 @@ LORA_ORTHO_INLINE void widen(const std::uint16_t* draws, std::uint32_t* wide) {
 template <class C>
 LORA_ORTHO_INLINE void draw_block(const Draw& draw, int lane_set, std::int64_t row0, int rows,
                                   std::int64_t col0, ExpandScratch<C>& t) {
-    const RowDraws stream = draw.stream_of(lane_set);
-    for (int i = 0; i < rows; ++i)
-        widen(draw.row(stream, row0 + i, col0, kColumnBlock, t.draws), t.wide[i]);
+    const BlockDraws block = draw.block(lane_set, col0, kColumnBlock);
+    for (int i = 0; i < rows; ++i) widen(draw.row(block, row0 + i, t.draws), t.wide[i]);
 }
 
 // One block of rows by kColumnBlock columns, all products.

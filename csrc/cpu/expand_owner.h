@@ -71,12 +71,12 @@ LORA_ORTHO_INLINE void expand_owner_rows(const Draw& draw, const C* scaled, std:
                                          int rows, std::int64_t col0, int cols,
                                          ExpandScratch<C>& t) {
     const Layout& l = draw.l;
-    const RowDraws stream = draw.stream_of(0);
+    const BlockDraws block = draw.block(0, col0, kColumnBlock);
     const C* b = l.section<C>(2) + col0 * l.h.padded_rank_sum;
     const std::uint32_t nobody = l.thresholds[l.h.adapters - 1];
     auto* offsets = reinterpret_cast<std::uint16_t*>(t.wide[0]);
     for (int i = 0; i < rows; ++i) {
-        const std::uint16_t* u = draw.row(stream, row0 + i, col0, kColumnBlock, t.draws);
+        const std::uint16_t* u = draw.row(block, row0 + i, t.draws);
         owner_offsets(l, u, offsets);
         const C* s = scaled + i * l.h.padded_rank_sum;
         int n = 0;

@@ -10,7 +10,7 @@ constexpr std::int64_t round_up(std::int64_t n, std::int64_t to) { return (n + t
 constexpr std::int64_t ceil_div(std::int64_t n, std::int64_t by) { return (n + by - 1) / by; }
 
 // Columns that one pass over a row block covers.
-constexpr int kColumnBlock = 128;
+constexpr int kColumnBlock = kDrawBlock;
 
 // All adapters are padded to one rank, so that an adapter's index is its offset.
 LORA_ORTHO_INLINE std::int64_t padded_rank(const std::int64_t* ranks, int adapters) {

@@ -128,18 +128,18 @@ void reduce_block(const Draw& draw, View<IO> grad, const IO* s, std::int64_t row
     const std::ptrdiff_t pitch = l.h.padded_rank_sum;
     const C* b = l.section<C>(2) + col0 * pitch;
     C* s_row = t.s(K);
-    const RowDraws shared = draw.stream_of(0);
+    const BlockDraws shared = draw.block(0, col0, kColumnBlock);
     for (std::int64_t m = row0; m < row1; ++m) {
         load_block(grad, m, 1, col0, cols, cols, t.grad, 0);
         pad_row(l, s + m * l.h.rank_sum, s_row);
         if (l.h.method == LORA_ORTHO_ORTHOGONAL)
-            list_owned(l, draw.row(shared, m, col0, kColumnBlock, t.draws), cols, t.owner,
+            list_owned(l, draw.row(shared, m, t.draws), cols, t.owner,
                        t.lists(), t.count);
         for (int j = 0; j < K; ++j) {
             const std::uint16_t* list = t.lists() + j * kColumnBlock;
             if (l.h.method == LORA_ORTHO_DROPOUT) {
-                const RowDraws own = draw.stream_of(j);
-                list_kept(l.thresholds[j], draw.row(own, m, col0, kColumnBlock, t.draws), cols,
+                const BlockDraws own = draw.block(j, col0, kColumnBlock);
+                list_kept(l.thresholds[j], draw.row(own, m, t.draws), cols,
                           t.lists() + j * kColumnBlock, &t.count[j]);
             } else if (l.h.method == LORA_ORTHO_DIRECT && m == row0) {
                 for (int n = 0; n < cols; ++n)

@@ -145,9 +145,8 @@ LORA_ORTHO_INLINE void tile_expand_block(const TileLayout& l, const Draw& draw, 
     };
     const std::uint16_t* u[kTileBlock];
     auto draw_rows = [&](int lane_set) __attribute__((always_inline)) {
-        const RowDraws stream = draw.stream_of(lane_set);
-        for (int m = 0; m < out.rows; ++m)
-            u[m] = draw.row(stream, out.row0 + m, out.col0, kTileColumns, t.draws[m]);
+        const BlockDraws block = draw.block(lane_set, out.col0, kTileColumns);
+        for (int m = 0; m < out.rows; ++m) u[m] = draw.row(block, out.row0 + m, t.draws[m]);
     };
     if (method == LORA_ORTHO_ORTHOGONAL) {
         // From the last adapter down, so that the first threshold above the draw decides.

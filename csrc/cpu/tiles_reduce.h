@@ -89,10 +89,9 @@ struct TileReduceScratch {
 template <int P>
 LORA_ORTHO_INLINE void draw_tile(const Draw& draw, int lane_set, std::int64_t row0, int count,
                                  std::int64_t col0, TileReduceScratch<P>& t) {
-    const RowDraws stream = draw.stream_of(lane_set);
+    const BlockDraws block = draw.block(lane_set, col0, kReduceColumns);
     for (int i = 0; i < count; ++i)
-        std::memcpy(t.draws[i], draw.row(stream, row0 + i, col0, kReduceColumns, t.buffer),
-                    sizeof t.draws[i]);
+        std::memcpy(t.draws[i], draw.row(block, row0 + i, t.buffer), sizeof t.draws[i]);
     for (int pair = 0; pair < (count + 1) / 2; ++pair)
         for (int n = 0; n < kReduceColumns; n += kTile)
             _mm512_store_si512(t.pairs[pair] + 2 * n, interleave(t.draws[2 * pair] + n,
