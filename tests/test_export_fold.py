@@ -103,9 +103,7 @@ def test_element_disjoint_elements_have_one_owner() -> None:
     assert bias is not None
     owner = mask_stream.winners(5, range(D_OUT), range(D_IN + 1), [0.5, 0.6], stream=9)
     _, keep = mask_stream.thresholds([0.5, 0.6], "orthogonal")
-    expected = sum(
-        torch.where(owner == j, delta(a) / keep[j], 0.0) for j, a in enumerate(made)
-    )
+    expected = sum(torch.where(owner == j, delta(a) / keep[j], 0.0) for j, a in enumerate(made))
     joined = torch.cat([weight, bias[:, None]], dim=1)
     torch.testing.assert_close(joined, expected, rtol=1e-12, atol=1e-12)
     assert bool((joined[owner == -1] == 0).all())
