@@ -85,8 +85,9 @@ class FusedOrthoLoRALinear(nn.Module):
     any time. Factors are packed once, and again after a change or a move.
 
     Args:
-        base: an ``nn.Linear``, or any module with ``in_features`` and ``out_features``, called as
-            it is. x is cast to the dtype of its output for the adapters.
+        base: an ``nn.Linear``, or any module with ``in_features`` and ``out_features`` (or the
+            ``Conv1D`` of transformers), called as it is. x is cast to the dtype of its output for
+            the adapters.
         adapters: 1 to 255 adapters that fit the base.
         method: "orthogonal", "dropout" or "direct".
         seed: None takes a fresh seed from torch's generator of the input's device at every
@@ -178,11 +179,21 @@ class FusedOrthoLoRALinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) to (..., out_features), in the dtype that base gives."""
-        y: Tensor = self._modules["base"](x)  # type: ignore[misc]
+        base: Any = self._modules["base"]
+        return self.add(x, base(x), in_place=is_fresh(base))
+
+    def add(self, x: Tensor, y: Tensor, *, in_place: bool = False) -> Tensor:
+        """The adapters' share for x, added to what some base gave for it.
+
+        Args:
+            x: (..., in_features).
+            y: (..., out_features).
+            in_place: y belongs to nobody else and may be written over.
+        """
         place = self._place()
         tensors = self._tensors()
         if self._is_simple(x, y, tensors):
-            return self._apply_prepared(x, y, tensors, place)
+            return self._apply_prepared(x, y, tensors, place, in_place)
         x = x.to(y.dtype)
         if self._has_bias:
             x = _with_one(x)
@@ -244,7 +255,9 @@ class FusedOrthoLoRALinear(nn.Module):
             )
         )
 
-    def _apply_prepared(self, x: Tensor, y: Tensor, tensors: list[Tensor], place: Place) -> Tensor:
+    def _apply_prepared(
+        self, x: Tensor, y: Tensor, tensors: list[Tensor], place: Place, in_place: bool
+    ) -> Tensor:
         prepared = self._prepared
         if (
             prepared is None
@@ -260,7 +273,7 @@ class FusedOrthoLoRALinear(nn.Module):
         if self._has_bias:
             x = _with_one(x)
         seed = self._draw_seed(x)
-        own = _is_fresh(self._modules["base"]) and y.is_contiguous()
+        own = in_place and y.is_contiguous()
         if y.dim() == 2:
             return prepared.apply(x, y, seed, place, y if own else None)
         flat = y.reshape(-1, self.out_features)
@@ -284,10 +297,19 @@ class FusedOrthoLoRALinear(nn.Module):
 def _sizes(base: nn.Module) -> tuple[int, int]:
     if not isinstance(base, nn.Module):
         raise TypeError(f"base must be a module, got {type(base).__name__}")
-    for name in ("in_features", "out_features"):
-        if not isinstance(getattr(base, name, None), int):
-            raise TypeError(f"base must have an integer {name}, got {type(base).__name__} without")
-    return base.in_features, base.out_features  # type: ignore[return-value]
+    sizes = linear_sizes(base)
+    for name, size in zip(("in_features", "out_features"), sizes, strict=True):
+        if size is None:
+            kind = type(base).__name__
+            raise TypeError(f"base must have an integer {name}, got {kind} without")
+    return sizes  # type: ignore[return-value]
+
+
+def linear_sizes(module: object) -> tuple[int | None, int | None]:
+    """Features in and out of a linear layer, also of the Conv1D of transformers; None without."""
+    names = ("nx", "nf") if type(module).__name__ == "Conv1D" else ("in_features", "out_features")
+    first, second = (getattr(module, name, None) for name in names)
+    return first if isinstance(first, int) else None, second if isinstance(second, int) else None
 
 
 def _with_one(x: Tensor) -> Tensor:
@@ -295,7 +317,7 @@ def _with_one(x: Tensor) -> Tensor:
     return nn.functional.pad(x, (0, 1), value=1.0)
 
 
-def _is_fresh(base: nn.Module | None) -> bool:
+def is_fresh(base: nn.Module | None) -> bool:
     """True if the output of base belongs to nobody else, so that it may be written over."""
     return (
         type(base) is nn.Linear

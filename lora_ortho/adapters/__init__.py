@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from .attach import Attachment, attach, detach
 from .errors import AdapterFileError
-from .inject import Injection, LayerReport, inject
+from .inject import Injection, inject
 from .peft_folder import LoadedAdapter, load_adapter
+from .report import LayerReport
 from .streams import assign_streams
 
 __all__ = [
     "AdapterFileError",
+    "Attachment",
     "Injection",
     "LayerReport",
     "LoadedAdapter",
     "assign_streams",
+    "attach",
+    "detach",
     "inject",
     "load_adapter",
 ]

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from types import MappingProxyType, TracebackType
+from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 from torch import nn
@@ -14,6 +14,7 @@ from lora_ortho.module import Adapter, FusedOrthoLoRALinear
 from lora_ortho.problem import finite_numbers
 
 from .peft_folder import LoadedAdapter
+from .report import Handle, LayerReport
 from .streams import assign_streams
 
 # Modules that read the weights of their linear layers instead of calling them.
@@ -21,31 +22,7 @@ _BYPASSING = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 _KEEP: Any = object()  # "leave this setting as it is"; None means something else
 
 
-@dataclass(frozen=True)
-class LayerReport:
-    """What was done to one layer.
-
-    Attributes:
-        name: qualified name in the model.
-        stream: number of its mask stream.
-        adapters, ranks, p: names, ranks and dropout rates of its adapters, in merge order.
-    """
-
-    name: str
-    stream: int
-    adapters: tuple[str, ...]
-    ranks: tuple[int, ...]
-    p: tuple[float, ...]
-
-    def __str__(self) -> str:
-        parts = (
-            f"{a} r={r} p={p:.4g}"
-            for a, r, p in zip(self.adapters, self.ranks, self.p, strict=True)
-        )
-        return f"{self.name}: {', '.join(parts)}"
-
-
-class Injection:
+class Injection(Handle):
     """Adapters inside a model; a context manager that takes them out at the end.
 
     Attributes:
@@ -122,17 +99,6 @@ class Injection:
         for name, layer in self.layers.items():
             _put(self.model, name, layer.base)
         self._attached = False
-
-    def __enter__(self) -> Injection:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.detach()
 
     def __repr__(self) -> str:
         state = "attached to" if self._attached else "detached from"

@@ -13,12 +13,22 @@ def assign_streams(names: Iterable[str]) -> dict[str, int]:
     number. Give the names of all modules of a model, so that a layer's number does not depend on
     which other layers are adapted.
     """
+    found = assign_part_streams((name, "") for name in names)
+    return {name: number for (name, _), number in found.items()}
+
+
+def assign_part_streams(names: Iterable[tuple[str, str]]) -> dict[tuple[str, str], int]:
+    """As `assign_streams`, for names (name within its part, part) of a pipeline of several models.
+
+    The part does not enter the number, so a layer has the masks that it has in its model alone;
+    where two parts have a layer of one name, the part later in name order moves on.
+    """
     taken: set[int] = set()
-    streams: dict[str, int] = {}
-    for name in sorted(set(names)):
+    streams: dict[tuple[str, str], int] = {}
+    for name, part in sorted(set(names)):
         number = zlib.crc32(name.encode("utf-8"))
         while number in taken:
             number = (number + 1) % 2**32
         taken.add(number)
-        streams[name] = number
+        streams[name, part] = number
     return streams

@@ -1,0 +1,218 @@
+"""Run-time merging in models that hold PEFT LoRA layers."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
+
+from torch import nn
+
+from lora_ortho import backends
+from lora_ortho.mask_stream import SAMPLE_LIMIT, check_in_range, check_seed
+from lora_ortho.problem import Rule, finite_numbers
+
+from . import peft_layers
+from .components import Named, components
+from .peft_checks import (
+    layer_problems,
+    merged_on,
+    model_problems,
+    pick,
+    raise_problems,
+    tuner_layers,
+    warn_of_changed_bases,
+)
+from .peft_layers import LayerMerge, Settings, served_how
+from .report import SKIPPED, Handle, LayerReport
+
+_KEEP: Any = object()  # "leave this setting as it is"; None means something else
+
+
+class Attachment(Handle):
+    """Run-time merging inside a model; a context manager that takes it out at the end.
+
+    Attributes:
+        layers: the attached layers by qualified name, in name order.
+        report: a `LayerReport` for each, and for each one that was skipped, in name order.
+    """
+
+    def __init__(
+        self,
+        layers: Mapping[str, nn.Module],
+        report: Sequence[LayerReport],
+        settings: Settings,
+        activated: list[tuple[Any, Any]],
+    ) -> None:
+        self.layers: Mapping[str, nn.Module] = MappingProxyType(dict(layers))
+        self.report = tuple(sorted(report, key=lambda entry: entry.name))
+        self._settings = settings
+        self._activated = activated  # layers, and what was active on them before
+
+    def set(
+        self,
+        *,
+        method: str = _KEEP,
+        seed: int | None = _KEEP,
+        sample: int = _KEEP,
+        p: Sequence[float] | None = _KEEP,
+        weights: Sequence[float] | None = _KEEP,
+    ) -> Attachment:
+        """Changes settings of all layers at once; those not given stay.
+
+        Args:
+            method: "orthogonal", "dropout" or "direct".
+            seed: None for a fresh one at every forward, or an int.
+            sample: which Monte Carlo draw, in [0, 2**24).
+            p, weights: a rate and a merge weight for each adapter, in the order of `attach`.
+        Raises:
+            TypeError, ValueError: by name; then nothing has changed.
+        """
+        given: dict[str, Any] = {
+            "method": method,
+            "seed": seed,
+            "sample": sample,
+            "p": p,
+            "weights": weights,
+        }
+        changes = {name: value for name, value in given.items() if value is not _KEEP}
+        for name in {"p", "weights"} & set(changes):
+            changes[name] = _by_adapter(name, changes[name], self._settings.order)
+        fresh = dataclasses.replace(self._settings, **changes)
+        _check(fresh, {name: fresh.names(layer) for name, layer in self.layers.items()})
+        for name, value in changes.items():
+            setattr(self._settings, name, value)
+        return self
+
+    def detach(self) -> None:
+        """Gives every layer its own class back; a second call does nothing."""
+        for layer in self.layers.values():
+            merge = peft_layers.of(layer)
+            if merge is not None and merge.settings is self._settings:
+                peft_layers.take(layer)
+        for layer, before in self._activated:
+            if layer._active_adapter == list(self._settings.order):  # else changed since
+                layer._active_adapter = before
+        self._activated = []
+
+    def __repr__(self) -> str:
+        skipped = sum(entry.how == SKIPPED for entry in self.report)
+        names = ", ".join(self._settings.order)
+        return f"Attachment({len(self.layers)} layers, {skipped} skipped, adapters: {names})"
+
+
+def attach(
+    model: Any,
+    adapters: Sequence[str] | None = None,
+    *,
+    p: Sequence[float] | None = None,
+    weights: Sequence[float] | None = None,
+    method: str = "orthogonal",
+    seed: int | None = None,
+    backend: str | None = None,
+    on_unsupported: str = "error",
+) -> Attachment:
+    """Merges the active adapters of every PEFT LoRA layer at run time, in place.
+
+    Layers change their class and nothing else: parameters, state_dict keys, save_pretrained,
+    deepcopy, disable_adapter, merge and unmerge, set_adapter and changes of scale work as before.
+    A layer's masks depend on its name in the model without PEFT, the seed and the sample, not on
+    which other layers are adapted. Gradients reach the active adapters' parameters. Layers that
+    are added afterwards are not attached.
+
+    Args:
+        model: a module with PEFT LoRA layers (a PeftModel, a transformers or diffusers model with
+            adapters loaded), or a diffusers pipeline, whose parts are all attached.
+        adapters: names in merge order; they are made active until `detach`. None takes those that
+            are active.
+        p: a dropout rate for each of them; None gives 1 - 1/K on a layer where K are active.
+        weights: a merge weight for each of them; None is 1. PEFT's scaling counts besides.
+        method, seed, backend: as for `FusedOrthoLoRALinear`.
+        on_unsupported: "error", or "skip" to leave a layer that cannot be merged to PEFT; the
+            report then says why.
+    Returns:
+        A handle with `report`, `set` and `detach`; `with attach(...)` detaches at the end.
+    Raises:
+        TypeError, ValueError: an argument, a layer or an adapter that does not fit, by name; then
+            the model is as it was.
+    """
+    if on_unsupported not in ("error", "skip"):
+        raise ValueError(f'on_unsupported must be "error" or "skip", got {on_unsupported!r}')
+    layers = tuner_layers(model)
+    order, activate = pick(adapters, layers), adapters is not None
+    rates, merge_weights = _by_adapter("p", p, order), _by_adapter("weights", weights, order)
+    settings = Settings(order, rates, merge_weights, method, seed, 0, backend)
+    problems = [*model_problems(model, order), *layer_problems(layers, order, activate)]
+    if on_unsupported == "error":
+        raise_problems([problem for problem in problems if problem.adapters])
+    left_out = {id(problem.entry.module) for problem in problems}
+    chosen = [entry for entry in layers if id(entry.module) not in left_out]
+    members = {e.name: merged_on(e.module, order, activate) for e in chosen}
+    if not any(members.values()):
+        raise_problems(problems)
+    _check(settings, members)
+    warn_of_changed_bases(model, order)
+    report = [_report(entry, members[entry.name], settings) for entry in chosen]
+    report += [problem.report() for problem in problems]
+    for entry in chosen:
+        merge = LayerMerge(type(entry.module), entry.name, entry.stream, settings)
+        peft_layers.put(entry.module, merge)
+    activated = _activate(layers, order) if activate else []
+    return Attachment({e.name: e.module for e in chosen}, report, settings, activated)
+
+
+def detach(model: Any) -> int:
+    """Detaches every attached layer of a model, also of a copy of one; returns how many.
+
+    Adapters that `attach` made active stay so; a handle's own `detach` puts that back too.
+
+    Raises:
+        TypeError: model is no torch module and no pipeline.
+    """
+    roots = components(model).values()
+    modules = {id(module): module for root in roots for module in root.modules()}
+    attached = [module for module in modules.values() if peft_layers.of(module) is not None]
+    for layer in attached:
+        peft_layers.take(layer)
+    return len(attached)
+
+
+def _activate(layers: Sequence[Named], order: Sequence[str]) -> list[tuple[Any, Any]]:
+    """Makes adapters active, whatever trains or not; each layer with what was active before."""
+    before = [(entry.module, entry.module._active_adapter) for entry in layers]
+    for layer, _ in before:
+        layer._active_adapter = list(order)
+    return before
+
+
+def _by_adapter(
+    name: str, values: Sequence[float] | None, order: Sequence[str]
+) -> dict[str, float] | None:
+    """Numbers by adapter; None for None."""
+    if values is None:
+        return None
+    return dict(zip(order, finite_numbers(name, values, len(order)), strict=True))
+
+
+def _check(settings: Settings, members: Mapping[str, tuple[str, ...]]) -> None:
+    """Raises unless the settings work on layers with these adapters, naming what does not."""
+    if settings.seed is not None:
+        check_seed(settings.seed)
+    check_in_range("sample", settings.sample, SAMPLE_LIMIT)
+    backends.check_name(settings.backend)
+    reason = None if settings.backend is None else backends.available()[settings.backend]
+    if reason is not None:
+        raise ValueError(f"backend {settings.backend!r} does not work here: {reason}")
+    for layer, names in members.items():
+        try:
+            Rule.make(len(names), settings.rates(names), None, settings.method)
+        except ValueError as error:
+            raise ValueError(f"layer {layer}: {error}") from error
+
+
+def _report(entry: Named, names: tuple[str, ...], settings: Settings) -> LayerReport:
+    layer: Any = entry.module
+    ranks = tuple(layer.r[name] for name in names)
+    how, why = served_how(layer)
+    return LayerReport(entry.name, entry.stream, names, ranks, settings.rates(names), how, why)

@@ -1,0 +1,297 @@
+"""PEFT's LoRA layers with another forward: their active adapters merged under masks.
+
+A layer keeps its modules, parameters and methods. Its class becomes a subclass of its own that
+overrides `forward` alone, so everything that PEFT knows of it stays true.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cache, lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_ortho.module import Adapter, FusedOrthoLoRALinear, is_fresh
+
+from .report import CONVOLUTION, DELTA, FUSED
+
+# PEFT's classes by name: those of quantised layers exist only where their package is installed.
+_LINEAR = """
+    Linear Linear8bitLt Linear4bit GPTQLoraLinear AwqLoraLinear EetqLoraLinear HqqLoraLinear
+    AqlmLoraLinear TorchaoLoraLinear IncLoraLinear
+"""
+LINEAR = frozenset(_LINEAR.split())
+CONVOLUTIONS = frozenset(["Conv1d", "Conv2d", "Conv3d"])
+REFUSED_LAYERS = {
+    "Embedding": "adapters of embeddings pick rows instead of multiplying",
+    "MultiheadAttention": "attention reads the weights of its layers instead of calling them",
+    "ParamWrapper": "adapters of bare parameters (target_parameters) have no linear layer",
+    "LoraParallelLinear": "Megatron's parallel layers return more than an output",
+    "TeLinear": "TransformerEngine's layers may return more than an output",
+}
+_ATTRIBUTE = "_lora_ortho"
+
+
+@dataclass
+class Settings:
+    """What the layers of one attachment share.
+
+    Attributes:
+        order: adapters in merge order; others that become active follow in PEFT's order.
+        p: dropout rates by adapter; None gives 1 - 1/K on a layer where K are active.
+        weights: merge weights by adapter; 1 where there is none, and for None.
+        method, seed, sample, backend: as for `FusedOrthoLoRALinear`.
+    """
+
+    order: tuple[str, ...]
+    p: dict[str, float] | None
+    weights: dict[str, float] | None
+    method: str
+    seed: int | None
+    sample: int
+    backend: str | None
+
+    def names(self, layer: Any) -> tuple[str, ...]:
+        """The layer's active adapters, in merge order."""
+        active = [name for name in layer.active_adapters if name in layer.lora_A]
+        first = [name for name in self.order if name in active]
+        return tuple(dict.fromkeys([*first, *active]))
+
+    def rates(self, names: Sequence[str]) -> tuple[float, ...]:
+        """The dropout rate of each; ValueError names one for which none was given."""
+        if self.p is None or not names:
+            return (1.0 - 1.0 / max(len(names), 1),) * len(names)
+        for name in names:
+            if name not in self.p:
+                raise ValueError(
+                    f"p holds no rate for adapter {name!r}, which became active after attach; it "
+                    f"has rates for {', '.join(self.p)}"
+                )
+        return tuple(self.p[name] for name in names)
+
+
+class _Sizes(nn.Module):
+    """Stands for a base layer that PEFT's layer calls by itself."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+
+
+class _Merge(FusedOrthoLoRALinear):
+    """The merge of one layer on tensors that belong to somebody else, given at every call."""
+
+    def __init__(self, adapters: Sequence[Adapter], method: str, backend: str | None) -> None:
+        A, B = adapters[0].lora_A, adapters[0].lora_B
+        super().__init__(_Sizes(A.shape[1], B.shape[0]), adapters, method=method, backend=backend)
+        self.sources: list[Tensor] = []
+
+    def _tensors(self) -> list[Tensor]:
+        return self.sources
+
+
+@dataclass(eq=False)
+class LayerMerge:
+    """What an attached layer knows besides PEFT's own attributes.
+
+    Attributes:
+        plain_class: the layer's class before.
+        name, stream: of the layer in the model.
+        settings: of the whole attachment.
+    """
+
+    plain_class: type
+    name: str
+    stream: int
+    settings: Settings
+    _merge: _Merge | None = field(default=None, repr=False)
+    _spec: tuple[Any, ...] = field(default=(), repr=False)
+
+    def add(self, layer: Any, x: Tensor, y: Tensor, names: tuple[str, ...]) -> Tensor:
+        """The adapters' share for x, added to the base's y; layouts as the base has them."""
+        for name in names:
+            if name in layer.lora_variant:
+                kind = type(layer.lora_variant[name]).__name__
+                raise ValueError(f"layer {self.name}: adapter {name!r} is a variant ({kind})")
+        B = [layer.lora_B[name].weight for name in names]
+        biases = [layer.lora_B[name].bias for name in names]
+        drops = layer.training and any(_drops(layer.lora_dropout[name]) for name in names)
+        if is_convolution(layer) or drops:
+            return self._add_spread(layer, x, y, names, B, biases)
+        A = [layer.lora_A[name].weight for name in names]
+        merge = self._prepared(layer, names, A, B, biases)
+        return merge.add(x, y, in_place=is_fresh(layer.base_layer))
+
+    def _add_spread(
+        self,
+        layer: Any,
+        x: Tensor,
+        y: Tensor,
+        names: tuple[str, ...],
+        B: list[Tensor],
+        biases: list[Tensor | None],
+    ) -> Tensor:
+        """The shrink step by PEFT's modules, adapter by adapter; then draw and expand as ever.
+
+        The masks are those of the tokens, for a convolution of its places (n, h, w), by channel.
+        """
+        channel = y.dim() - B[0].dim() + 1
+        s = [layer.lora_dropout[n](x.to(layer.lora_A[n].weight.dtype)) for n in names]
+        s = [layer.lora_A[n](part).to(y.dtype) for n, part in zip(names, s, strict=True)]
+        joined = torch.cat(s, dim=channel).movedim(channel, -1)  # (..., Σ r)
+        flat = [weight.flatten(1) for weight in B]
+        ranks = tuple(weight.shape[1] for weight in flat)
+        merge = self._prepared(layer, names, _selectors(ranks, y.dtype, y.device), flat, biases)
+        result = merge.add(joined, y.movedim(channel, -1)).movedim(-1, channel)
+        return result.contiguous() if y.is_contiguous() else result
+
+    def _prepared(
+        self,
+        layer: Any,
+        names: tuple[str, ...],
+        A: Sequence[Tensor],
+        B: Sequence[Tensor],
+        biases: Sequence[Tensor | None],
+    ) -> _Merge:
+        """A merge for these tensors; made anew where more changed than their values."""
+        settings = self.settings
+        scaling = tuple(float(layer.scaling[name]) for name in names)  # may change between calls
+        weights = tuple((settings.weights or {}).get(name, 1.0) for name in names)
+        p = settings.rates(names)
+        shapes = tuple((a.shape, b.shape, c is None) for a, b, c in zip(A, B, biases, strict=True))
+        spec = (names, scaling, weights, p, shapes, settings.method)
+        merge = self._merge
+        if merge is None or spec != self._spec:
+            adapters = [
+                Adapter(_shape_of(a), _shape_of(b), s, w, q, None if c is None else _shape_of(c))
+                for a, b, c, s, w, q in zip(A, B, biases, scaling, weights, p, strict=True)
+            ]
+            try:
+                merge = _Merge(adapters, settings.method, settings.backend)
+            except ValueError as error:
+                raise ValueError(f"layer {self.name}: {error}") from error
+            self._merge, self._spec = merge, spec
+        merge.sources = [*A, *B, *(bias for bias in biases if bias is not None)]
+        merge.stream, merge.seed, merge.sample = self.stream, settings.seed, settings.sample
+        merge.backend = settings.backend
+        return merge
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_merge": None, "_spec": ()}
+
+
+class _Attached:
+    """Comes before PEFT's class; `layer._lora_ortho` is a `LayerMerge`."""
+
+    def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """As PEFT's, but active adapters are merged by the method of the attachment."""
+        merge: LayerMerge = self._lora_ortho
+        names = () if self.disable_adapters or self.merged else merge.settings.names(self)
+        if not names:
+            return super().forward(x, *args, **kwargs)  # type: ignore[misc, no-any-return]
+        if kwargs.pop("adapter_names", None) is not None:
+            raise ValueError(
+                "adapter_names picks one adapter for each sample, and attached layers merge the "
+                "active ones; detach first"
+            )
+        kwargs.pop("alora_offsets", None)  # for a variant that is refused
+        return merge.add(self, x, self.base_layer(x, *args, **kwargs), names)
+
+    def __reduce_ex__(self: Any, protocol: Any) -> tuple[Any, ...]:
+        return _revive, (self._lora_ortho.plain_class,), self.__dict__
+
+
+def _revive(plain_class: type) -> Any:
+    cls: Any = attached_class(plain_class)
+    return cls.__new__(cls)
+
+
+@cache
+def attached_class(plain_class: type) -> type:
+    """The class that a layer of PEFT's `plain_class` becomes."""
+    return type(plain_class.__name__, (_Attached, plain_class), {"__module__": __name__})
+
+
+def put(layer: nn.Module, merge: LayerMerge) -> None:
+    """Makes a layer an attached one."""
+    setattr(layer, _ATTRIBUTE, merge)
+    layer.__class__ = attached_class(merge.plain_class)
+
+
+def take(layer: nn.Module) -> None:
+    """Gives an attached layer its own class back."""
+    merge = of(layer)
+    if merge is None:
+        return
+    layer.__class__ = merge.plain_class
+    delattr(layer, _ATTRIBUTE)
+
+
+def of(layer: nn.Module) -> LayerMerge | None:
+    """The attachment of a layer, or None."""
+    found: LayerMerge | None = layer.__dict__.get(_ATTRIBUTE)
+    return found
+
+
+def is_convolution(layer: nn.Module) -> bool:
+    """True for PEFT's layers of a convolution, attached or not."""
+    return type(layer).__name__ in CONVOLUTIONS
+
+
+def served_how(layer: Any) -> tuple[str, str]:
+    """How an attached layer of PEFT is served, and why it is not fused."""
+    if is_convolution(layer):
+        return CONVOLUTION, "a convolution"
+    base = layer.base_layer
+    if is_fresh(base) and base.weight.dtype.is_floating_point:
+        return FUSED, ""
+    if type(base) is nn.Linear:
+        return DELTA, "hooks on the base layer"
+    return DELTA, f"the base layer is a {type(base).__name__}"
+
+
+def why_not(layer: Any, names: Sequence[str]) -> str | None:
+    """Why these adapters of a layer cannot be merged at run time; None where they can."""
+    kind = type(layer).__name__
+    if not hasattr(layer, "lora_A"):
+        return f"a {kind} layer of another method than LoRA"
+    if kind not in LINEAR | CONVOLUTIONS:
+        return f"a {kind} layer: {REFUSED_LAYERS.get(kind, 'not known to this package')}"
+    if layer.merged:
+        return f"merged into the base weights ({', '.join(layer.merged_adapters)}); unmerge first"
+    for name in names:
+        variant = layer.lora_variant.get(name)
+        if variant is not None:
+            return f"adapter {name!r} is a variant of LoRA ({type(variant).__name__})"
+    if is_convolution(layer) and layer.base_layer.groups > 1:
+        return "a convolution with groups"
+    if "forward" in layer.__dict__:
+        return "a hook replaced the forward of PEFT's layer"
+    lora = [part[name] for part in (layer.lora_A, layer.lora_B) for name in names]
+    if any("forward" in module.__dict__ for module in lora):
+        return "hooks on the adapter's own layers, whose weights may be elsewhere"
+    return None
+
+
+def _drops(dropout: nn.Module) -> bool:
+    return float(getattr(dropout, "p", 0.0)) > 0.0
+
+
+def _shape_of(tensor: Tensor) -> Tensor:
+    """A tensor of that shape, dtype and device that takes no memory."""
+    with torch.inference_mode(False):
+        return torch.empty((), dtype=tensor.dtype, device=tensor.device).expand(tensor.shape)
+
+
+@lru_cache(maxsize=256)
+def _selectors(
+    ranks: tuple[int, ...], dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, ...]:
+    """Factors (r_j, Σ r) that pick each adapter's share of what the shrink step gave."""
+    with torch.inference_mode(False):
+        return torch.split(
+            torch.eye(sum(ranks), dtype=dtype, device=device), list(ranks)
+        )

@@ -1,0 +1,64 @@
+"""What was done to each layer of a model, and the handle that undoes it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import TracebackType
+from typing import TypeVar
+
+FUSED = "fused"
+DELTA = "base + delta"
+CONVOLUTION = "convolution"
+SKIPPED = "skipped"
+
+_Self = TypeVar("_Self", bound="Handle")
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """What was done to one layer.
+
+    Attributes:
+        name: qualified name in the model; in a pipeline after the name of the part.
+        stream: number of its mask stream.
+        adapters, ranks, p: names, ranks and dropout rates of its adapters, in merge order.
+        how: "fused" (written over what a plain linear layer gave), "base + delta" (added to what a
+            quantised or hooked layer gave), "convolution" (likewise, masks by channel and place)
+            or "skipped" (left to PEFT).
+        reason: why it is not fused; "" where it is.
+    """
+
+    name: str
+    stream: int
+    adapters: tuple[str, ...]
+    ranks: tuple[int, ...]
+    p: tuple[float, ...]
+    how: str = FUSED
+    reason: str = ""
+
+    def __str__(self) -> str:
+        parts = (
+            f"{a} r={r} p={p:.4g}"
+            for a, r, p in zip(self.adapters, self.ranks, self.p, strict=True)
+        )
+        text = f"{self.name}: {', '.join(parts) or 'no active adapter'}"
+        return text if self.how == FUSED else f"{text} [{self.how}: {self.reason}]"
+
+
+class Handle:
+    """Something put into a model: a context manager that takes it out at the end."""
+
+    def detach(self) -> None:
+        """Puts the model back as it was; a second call does nothing."""
+        raise NotImplementedError
+
+    def __enter__(self: _Self) -> _Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.detach()
