@@ -205,6 +205,8 @@ def _check(settings: Settings, members: Mapping[str, tuple[str, ...]]) -> None:
     if reason is not None:
         raise ValueError(f"backend {settings.backend!r} does not work here: {reason}")
     for layer, names in members.items():
+        if not names:
+            continue
         try:
             Rule.make(len(names), settings.rates(names), None, settings.method)
         except ValueError as error:

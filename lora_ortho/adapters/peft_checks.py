@@ -153,13 +153,15 @@ def model_problems(model: Any, order: Sequence[str]) -> Iterator[Problem]:
             yield Problem(here, biases, reason)
     peft = peft_package()
     for entry in named(parts):
-        if isinstance(entry.module, peft.utils.other.AuxiliaryTrainingWrapper):
-            kept = entry.module._modules.get("modules_to_save", None)
-            tokens = getattr(entry.module, "token_adapter", None)
-            kept = getattr(tokens, "trainable_tokens_delta", {}) if kept is None else kept
-            both = tuple(name for name in order if name in kept)
-            if len(both) > 1:
-                yield Problem(entry, both, "both save this module; only one can be in its place")
+        wrapper = entry.module
+        if not isinstance(wrapper, peft.utils.other.AuxiliaryTrainingWrapper):
+            continue
+        savers = tuple(name for name in order if name in wrapper._adapters)
+        if len(savers) > 1:
+            yield Problem(entry, savers, "both save this module; only one can be in its place")
+        elif savers and (wrapper.disable_adapters or savers[0] not in wrapper.active_adapters):
+            reason = "saves this module and is not active there; activate it with PEFT first"
+            yield Problem(entry, savers, reason)
 
 
 def warn_of_changed_bases(model: Any, order: Sequence[str]) -> None:

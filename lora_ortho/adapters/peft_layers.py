@@ -292,6 +292,4 @@ def _selectors(
 ) -> tuple[Tensor, ...]:
     """Factors (r_j, Σ r) that pick each adapter's share of what the shrink step gave."""
     with torch.inference_mode(False):
-        return torch.split(
-            torch.eye(sum(ranks), dtype=dtype, device=device), list(ranks)
-        )
+        return torch.split(torch.eye(sum(ranks), dtype=dtype, device=device), list(ranks))
