@@ -39,7 +39,8 @@ def full(adapter: Adapter) -> Tensor:
 
 def column_basis(matrix: Tensor) -> Tensor:
     u, values, _ = torch.linalg.svd(matrix)
-    return u[:, : int((values > 1e-10 * values.max()).sum())]
+    basis: Tensor = u[:, : int((values > 1e-10 * values.max()).sum())]
+    return basis
 
 
 def pair_of(one: Adapter, two: Adapter) -> Any:
