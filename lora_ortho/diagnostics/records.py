@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from .factors import Overlap
@@ -114,3 +115,11 @@ class Report:
     smallest_p: float
     problems: tuple[str, ...]
     remarks: tuple[str, ...]
+
+
+def by_pair(pairs: Iterable[Pair]) -> dict[tuple[str, str], list[Pair]]:
+    """Pairs by the names of their two adapters, in merge order."""
+    found: dict[tuple[str, str], list[Pair]] = {}
+    for pair in pairs:
+        found.setdefault((pair.first, pair.second), []).append(pair)
+    return found

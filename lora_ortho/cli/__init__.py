@@ -1,0 +1,49 @@
+"""The command line: ``lora-ortho inspect | merge | bench | doctor``.
+
+Exit status 0 if all went well, 1 if something failed, 2 for wrong usage. Errors are one line on
+standard error; results go to standard output, progress to standard error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+from . import bench, doctor, inspect, merge
+from .console import CliError, one_line
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of the whole command line."""
+    parser = argparse.ArgumentParser(
+        prog="lora-ortho",
+        description="LoRA adapters merged at run time: look at them, merge them, measure, check.",
+    )
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    for module in (inspect, merge, bench, doctor):
+        module.add_parser(commands)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the exit status."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    # The benchmarks have a parser of their own.
+    own, rest = (given[:1], given[1:]) if given[:1] == ["bench"] else (given, [])
+    args = build_parser().parse_args(own)
+    args.rest = rest
+    try:
+        status: int = args.run(args)
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader of standard output has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except KeyboardInterrupt:
+        print("lora-ortho: interrupted; nothing half-written was left", file=sys.stderr)
+        return 1
+    except (CliError, ImportError, OSError, ValueError) as error:
+        print(f"lora-ortho: error: {one_line(error)}", file=sys.stderr)
+        return 1
+    return status

@@ -1,0 +1,109 @@
+"""What all commands share: errors, progress, output files, tables."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+import tempfile
+import time
+from argparse import ArgumentParser
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, is_dataclass
+from pathlib import Path
+from typing import Any
+
+_QUIET_SECONDS = 1.0  # nothing is said of work that takes less
+
+
+class CliError(RuntimeError):
+    """Something the user can put right; the message is the one line to show."""
+
+
+def one_line(error: BaseException) -> str:
+    """The message of an error without line breaks, or its kind where it has none."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+class Progress:
+    """Lines on standard error: what is done now, with the seconds since the start.
+
+    Silent for the first second, and with --quiet throughout.
+    """
+
+    def __init__(self, quiet: bool, steps: int | None = None) -> None:
+        self.quiet, self.steps, self.done = quiet, steps, 0
+        self.start = self.said = time.monotonic()
+
+    def __call__(self, text: str) -> None:
+        """One more step is beginning."""
+        self.done += 1
+        now = time.monotonic()
+        if self.quiet or now - self.start < _QUIET_SECONDS or now - self.said < _QUIET_SECONDS / 4:
+            return
+        self.said = now
+        count = f"{self.done}/{self.steps}, " if self.steps else ""
+        print(f"[{count}{now - self.start:.0f} s] {text}", file=sys.stderr, flush=True)
+
+
+def add_common(parser: ArgumentParser) -> None:
+    """The options that every command has."""
+    parser.add_argument("--json", action="store_true", help="print JSON instead of text")
+    parser.add_argument("--quiet", action="store_true", help="no progress on standard error")
+
+
+def check_free(path: Path, force: bool) -> None:
+    """Refuses an output that exists already, before any work is done."""
+    if path.exists() and not force:
+        raise CliError(f"{path} exists; --force replaces it")
+    if path.is_dir() and force:
+        raise CliError(f"{path} is a folder; an output file cannot replace it")
+
+
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
+    """Calls write with a temporary path beside `path` and renames it: whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".writing-") as scratch:
+        temporary = Path(scratch) / path.name
+        write(temporary)
+        os.replace(temporary, path)
+
+
+def to_json(value: Any) -> str:
+    """JSON of records, numbers and names; what is not a finite number becomes null."""
+    return json.dumps(_plain(value), indent=1, allow_nan=False)
+
+
+def _plain(value: Any) -> Any:
+    if is_dataclass(value) and not isinstance(value, type):
+        value = asdict(value)
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]], indent: str = "") -> str:
+    """Columns as wide as their widest cell; the first to the left, the others to the right."""
+    cells = [list(header), *map(list, rows)]
+    widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
+    lines = []
+    for row in cells:
+        parts = [row[0].ljust(widths[0])]
+        parts += [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
+        lines.append((indent + "  ".join(parts)).rstrip())
+    return "\n".join(lines)
+
+
+def number(value: float) -> str:
+    """Four significant digits."""
+    return f"{value:.4g}" if math.isfinite(value) else "inf" if value > 0 else str(value)
+
+
+def span(low: float, high: float) -> str:
+    """One number, or the range from one to another."""
+    return number(low) if low == high else f"{number(low)}-{number(high)}"

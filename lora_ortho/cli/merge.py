@@ -1,0 +1,126 @@
+"""``lora-ortho merge``: load a model and adapters, run the merges side by side, or export one."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from .console import CliError, Progress, add_common, check_free, to_json
+from .merge_config import MergeConfig, read_config
+
+RESULT = "comparison.json"  # in every folder of results; --force replaces no other folder
+
+
+def add_parser(commands: Any) -> None:
+    parser = commands.add_parser(
+        "merge",
+        help="load, merge, evaluate or export; reads the paper's [[loras]] tables as they are",
+        description="Runs the direct, the dropout and the orthogonal merge of a TOML file's "
+        "adapters side by side on a language model or an image pipeline, or exports a merge.",
+    )
+    parser.add_argument("config", type=Path, metavar="CONFIG.toml")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="FOLDER",
+        help="for the comparison; save_folder_name if not given",
+    )
+    parser.add_argument(
+        "--export",
+        type=Path,
+        metavar="FOLDER",
+        help="save the merge as a PEFT adapter, run nothing",
+    )
+    parser.add_argument(
+        "--method",
+        default="direct",
+        metavar="METHOD",
+        help="of --export: direct (default) or ortho_rows",
+    )
+    parser.add_argument("--rank", type=int, help="of --export: reduce to this rank")
+    parser.add_argument("--force", action="store_true", help="replace results that exist")
+    add_common(parser)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Exit status 0; failures are exceptions."""
+    config = read_config(args.config)
+    progress = Progress(args.quiet)
+    if args.export is not None:
+        return _export(args, config, progress)
+    kind = model_kind(config)
+    name = config.save_folder_name or args.config.stem
+    out = args.out if args.out is not None else None if kind == "language" else Path(name)
+    if out is not None:
+        check_results(out, args.force)
+    if kind == "image":
+        from .merge_image import compare
+    else:
+        from .merge_language import compare
+    result, text, write = compare(config, progress)
+    if out is not None:
+        write_results(out, result, text, write)
+    print(to_json(result) if args.json else text)
+    return 0
+
+
+def model_kind(config: MergeConfig) -> str:
+    """ "language" or "image": as configured, else by the files of the base model."""
+    if config.pipe_id is None:
+        raise CliError("the configuration has no pipe_id, the base model to run")
+    if config.kind is not None:
+        return config.kind
+    folder = config.local(config.pipe_id)
+    if folder is None or (folder / "model_index.json").exists():
+        return "image"
+    if (folder / "config.json").exists():
+        return "language"
+    raise CliError(f"{folder} has neither model_index.json nor config.json: set kind")
+
+
+def _export(args: argparse.Namespace, config: MergeConfig, progress: Progress) -> int:
+    from lora_ortho.adapters import export  # type: ignore[attr-defined]
+
+    check_free(args.export, args.force)
+    progress("reading the adapters")
+    adapters = config.load_adapters()
+    progress(f"exporting to {args.export}")
+    export(adapters, args.export, method=args.method)
+    return 0
+
+
+def check_results(out: Path, force: bool) -> None:
+    """Refuses a folder of results that exists, and with --force any that holds something else."""
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    if not force:
+        raise CliError(f"{out} exists; --force replaces it")
+    if not (out / RESULT).is_file():
+        raise CliError(f"{out} holds no {RESULT}, so --force does not replace it")
+
+
+def write_results(
+    out: Path, result: dict[str, Any], text: str, write: Callable[[Path], object]
+) -> None:
+    """A folder with comparison.json, comparison.txt and what `write` adds: whole or not at all."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=".writing-") as scratch:
+        made = Path(scratch) / "new"
+        made.mkdir()
+        (made / RESULT).write_text(to_json(result) + "\n", encoding="utf-8")
+        (made / "comparison.txt").write_text(text + "\n", encoding="utf-8")
+        write(made)
+        if out.exists():
+            os.replace(out, Path(scratch) / "old")
+        try:
+            os.replace(made, out)
+        except OSError:
+            if (Path(scratch) / "old").exists():
+                shutil.move(Path(scratch) / "old", out)
+            raise

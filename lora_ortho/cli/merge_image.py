@@ -1,0 +1,206 @@
+"""``lora-ortho merge`` on a diffusers pipeline: the same pictures by every method, in one grid."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lora_ortho.adapters import attach
+from lora_ortho.adapters.tensor_file import read_header
+
+from .console import CliError, Progress, one_line, table
+from .merge_config import Lora, MergeConfig
+
+_LABEL = 22  # pixels above each row of the grid
+_GROUND, _INK = "#ffffff", "#1a1a1a"
+
+Pictures = dict[str, list[Any]]  # PIL images by what made them
+
+
+def compare(
+    config: MergeConfig, progress: Progress
+) -> tuple[dict[str, Any], str, Callable[[Path], object]]:
+    """Runs the bare pipeline, each adapter alone, and every method.
+
+    Returns:
+        The result as plain data and as text, and what writes grid.png and every picture.
+    """
+    if config.prompt is None:
+        raise CliError("nothing to run: give a prompt")
+    if config.texts:
+        raise CliError("texts are for language models; a pipeline has no loss to take on them")
+    progress("loading the pipeline")
+    pipe = load(config)
+    options = call_options(config, pipe)
+    own = [f"adapter_{j}" for j in range(len(config.loras))]  # PEFT allows no dot in a name
+    for lora, name in zip(config.loras, own, strict=True):
+        progress(f"loading {lora.adapter_name}")
+        _load_lora(pipe, config, lora, name)
+    made: Pictures = {}
+
+    def paint(key: str) -> None:
+        progress(key)
+        torch.manual_seed(config.seed)  # of the masks, drawn anew at every step
+        made[key] = []
+        for batch in range(config.num_batches):
+            generator = torch.Generator().manual_seed(batch)
+            made[key] += pipe(**options, generator=generator).images
+
+    pipe.disable_lora()
+    paint("bare model")
+    pipe.enable_lora()
+    for lora, name in zip(config.loras, own, strict=True):
+        pipe.set_adapters([name], [lora.adapter_weight])
+        paint(f"{lora.adapter_name} alone")
+    pipe.set_adapters(own, config.weights)
+    for method in config.methods:
+        with attach(pipe, p=config.p, method=method, backend=config.backend):
+            paint(method)
+    result = {
+        "kind": "image",
+        "model": config.pipe_id,
+        "adapters": config.names,
+        "weights": config.weights,
+        "p": config.p,
+        "seed": config.seed,
+        "prompt": config.prompt,
+        "pictures": len(next(iter(made.values()))),
+        "difference": differences(made),
+    }
+    return result, as_text(result), lambda folder: write(folder, made)
+
+
+def load(config: MergeConfig) -> Any:
+    """The pipeline, on its device, with the scheduler that was asked for."""
+    try:
+        diffusers: Any = importlib.import_module("diffusers")
+    except ImportError as error:
+        raise CliError(
+            f"an image pipeline needs diffusers (pip install diffusers): {error}"
+        ) from error
+    pipe_id = str(config.pipe_id)
+    source = str(config.local(pipe_id) or pipe_id)
+    device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = config.dtype or ("float32" if device == "cpu" else "float16")
+    diffusers.utils.logging.set_verbosity_error()
+    diffusers.utils.logging.disable_progress_bar()
+    try:
+        pipe = diffusers.DiffusionPipeline.from_pretrained(
+            source, torch_dtype=getattr(torch, dtype)
+        )
+        pipe.to(device)
+    except Exception as error:  # whatever the library raises for a pipeline it cannot load
+        raise CliError(f"cannot load {source}: {one_line(error)}") from error
+    if config.scheduler is not None:
+        kind: Any = getattr(diffusers, config.scheduler, None)
+        if not hasattr(kind, "from_config") or not config.scheduler.endswith("Scheduler"):
+            raise CliError(f"scheduler: diffusers has no scheduler {config.scheduler!r}")
+        pipe.scheduler = kind.from_config(pipe.scheduler.config)
+    if not hasattr(pipe, "load_lora_weights"):
+        raise CliError(f"{type(pipe).__name__} does not load LoRA adapters")
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def call_options(config: MergeConfig, pipe: Any) -> dict[str, Any]:
+    """The arguments of a call of the pipeline; one that it does not have must not be wanted."""
+    wanted = {
+        "prompt": config.prompt,
+        "negative_prompt": config.neg_prompt or None,
+        "num_images_per_prompt": config.batch_size,
+        "num_inference_steps": config.steps,
+        "guidance_scale": config.guidance_scale,
+        "clip_skip": config.clip_skip,
+        "width": config.width,
+        "height": config.height,
+    }
+    has = inspect.signature(pipe.__call__).parameters
+    keys = {"negative_prompt": "neg_prompt", "width": "width", "height": "height"}
+    for name, key in keys.items():
+        if wanted[name] is not None and name not in has:
+            raise CliError(f"{key}: {type(pipe).__name__} has no {name}")
+    return {name: value for name, value in wanted.items() if name in has and value is not None}
+
+
+def _load_lora(pipe: Any, config: MergeConfig, lora: Lora, name: str) -> None:
+    path = config.adapter_path(lora)
+    if path.is_dir() or path.suffix != ".safetensors":
+        raise CliError(f"{path}: an adapter of a pipeline is a .safetensors file")
+    read_header(path)  # refuses what is broken or hostile before diffusers opens it
+    try:
+        pipe.load_lora_weights(str(path.parent), weight_name=path.name, adapter_name=name)
+    except Exception as error:  # whatever the library raises for keys it does not know
+        raise CliError(f"cannot load {path}: {one_line(error)}") from error
+    if name not in {key for names in pipe.get_list_adapters().values() for key in names}:
+        raise CliError(f"{path}: no layer of the pipeline is adapted by it")
+
+
+def differences(made: Pictures) -> dict[str, dict[str, float]]:
+    """Mean absolute difference of pixels, in [0, 255], of every row from bare and direct."""
+    pixels = {key: [_pixels(image) for image in images] for key, images in made.items()}
+    against = [key for key in ("bare model", "direct") if key in pixels]
+    return {
+        key: {
+            other: float(
+                torch.stack(
+                    [(a - b).abs().mean() for a, b in zip(own, pixels[other], strict=True)]
+                ).mean()
+            )
+            for other in against
+        }
+        for key, own in pixels.items()
+    }
+
+
+def _pixels(image: Any) -> torch.Tensor:
+    data = bytearray(image.convert("RGB").tobytes())
+    return torch.frombuffer(data, dtype=torch.uint8).float()
+
+
+def as_text(result: dict[str, Any]) -> str:
+    """The differences as a table."""
+    rows = result["difference"]
+    columns = list(next(iter(rows.values())))
+    weights = ", ".join(
+        f"{name} {weight:g}"
+        for name, weight in zip(result["adapters"], result["weights"], strict=True)
+    )
+    cells = [[key, *(f"{value[other]:.2f}" for other in columns)] for key, value in rows.items()]
+    return (
+        f"{result['model']} with {weights}; seed {result['seed']}\n"
+        f"{result['pictures']} pictures each of {result['prompt']!r}\n\n"
+        f"mean difference of a pixel, of 255\n"
+        f"{table(['', *(f'from {other}' for other in columns)], cells, '  ')}"
+    )
+
+
+def write(folder: Path, made: Pictures) -> None:
+    """grid.png, and every picture as it is in a folder for each row."""
+    grid(made).save(folder / "grid.png")
+    for key, images in made.items():
+        own = folder / key.replace("/", "_")
+        own.mkdir()
+        for number, image in enumerate(images):
+            image.save(own / f"{number}.png")
+
+
+def grid(made: Pictures) -> Any:
+    """One picture of all: a row for each method, its name above."""
+    from PIL import Image, ImageDraw
+
+    first = next(iter(made.values()))
+    width, height = first[0].size
+    size = (width * len(first), (height + _LABEL) * len(made))
+    picture = Image.new("RGB", size, _GROUND)
+    pen = ImageDraw.Draw(picture)
+    for row, (key, images) in enumerate(made.items()):
+        top = row * (height + _LABEL)
+        pen.text((5, top + 4), key, fill=_INK, font_size=_LABEL - 9)
+        for column, image in enumerate(images):
+            picture.paste(image, (column * width, top + _LABEL))
+    return picture

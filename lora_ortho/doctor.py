@@ -1,0 +1,215 @@
+"""Which backends work on this machine, why others do not, and what to do about it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from lora_ortho import backends, fused_ortho_lora, mask_stream
+from lora_ortho.backends import cpu
+
+# MASK_STREAM.md, "Known answers": draws of row 0, columns 0 to 9.
+KNOWN_SEED = 0x0123456789ABCDEF
+KNOWN_DRAWS = (6177, 62576, 32269, 38036, 39227, 2939, 49830, 720, 14368, 29961)
+_HALVES = tuple(int(u >= 1 << 15) for u in KNOWN_DRAWS)  # owners for p = (1/2, 1/2)
+
+# Distribution, module, and what it is good for here.
+PACKAGES = (
+    ("torch", "torch", "required"),
+    ("safetensors", "safetensors", "required"),
+    ("triton", "triton", "the triton backend"),
+    ("peft", "peft", "attach to PEFT models"),
+    ("transformers", "transformers", "lora-ortho merge on language models"),
+    ("diffusers", "diffusers", "lora-ortho merge on image pipelines, FLUX and sgm key names"),
+    ("accelerate", "accelerate", "loading large models"),
+    ("matplotlib", "matplotlib", "pictures: lora-ortho inspect --plot, the demo"),
+    ("tomli", "tomli", "lora-ortho merge on Python 3.10"),
+    ("mergekit", "mergekit", "lora_ortho.plugins.mergekit"),
+    ("fusion-bench", "fusion_bench", "lora_ortho.plugins.fusion_bench"),
+)
+# What to do about a backend that does not work: the first pattern found in its reason.
+_REINSTALL = "then pip install again"
+_ADVICE = (
+    ("without its compiled", f"install a C++17 compiler and CMake, {_REINSTALL}"),
+    ("this version of lora_ortho has no", "install a newer lora_ortho"),
+    ("(?i)triton.*not installed|no module.*triton", "pip install triton"),
+    ("(?i)built without|without cuda|nvcc", f"install the CUDA toolkit (nvcc), {_REINSTALL}"),
+    ("(?i)driver", "install or update the NVIDIA driver; nvidia-smi must list a device"),
+    (
+        "(?i)gpu|cuda|device",
+        "an NVIDIA GPU and a torch built with CUDA (torch.cuda.is_available())",
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Package:
+    """One distribution: its version here, or None, and what it is for."""
+
+    name: str
+    version: str | None
+    purpose: str
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One backend.
+
+    Attributes:
+        name: as in `backend=`.
+        reason: why it does not work here; None where it does.
+        advice: what to do about that.
+        check: what its self-check found: "ok", what went wrong, or None where it cannot run.
+    """
+
+    name: str
+    reason: str | None
+    advice: str | None
+    check: str | None
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """All that `diagnose` found.
+
+    Attributes:
+        system: facts by name, for display.
+        packages, backends: in a fixed order.
+        instruction_sets: of the CPU kernels, weakest first; the one in use is `instruction_set`.
+        openmp: the OpenMP libraries loaded in this process.
+        warnings: what works, but not as well as it could.
+        healthy: every backend that works here passed its self-check.
+    """
+
+    system: dict[str, str]
+    packages: tuple[Package, ...]
+    backends: tuple[Backend, ...]
+    instruction_sets: tuple[str, ...]
+    instruction_set: str | None
+    openmp: tuple[str, ...]
+    warnings: tuple[str, ...]
+    healthy: bool
+
+
+def diagnose() -> Diagnosis:
+    """Looks at this process and machine, and runs each backend that works on a tiny problem."""
+    found = tuple(_backend(name, reason) for name, reason in backends.available().items())
+    sets = cpu.instruction_sets()
+    chosen = os.environ.get(cpu.ISA_VARIABLE, "auto")
+    in_use = (sets[-1] if chosen == "auto" else chosen) if sets else None
+    openmp = loaded_openmp()
+    return Diagnosis(
+        _system(),
+        tuple(Package(name, _version(name, module), use) for name, module, use in PACKAGES),
+        found,
+        tuple(sets),
+        in_use,
+        openmp,
+        tuple(_warnings(sets, chosen, openmp)),
+        all(backend.check in ("ok", None) for backend in found),
+    )
+
+
+def self_check(name: str) -> str:
+    """Runs a backend on ten elements whose owners MASK_STREAM.md gives; "ok" or what was wrong.
+
+    With x = 1, A_j = 1, B_j = j + 1 and p = (1/2, 1/2), an element is twice the number of its
+    owner. The output and the gradient of each B are compared.
+    """
+    on_gpu = name in ("triton", "cuda") and torch.cuda.is_available()
+    one = torch.ones(1, 1, device="cuda" if on_gpu else "cpu")
+    lora_B = [one.new_full((len(_HALVES), 1), j + 1.0).requires_grad_() for j in range(2)]
+    try:
+        y = fused_ortho_lora(one, [one, one], lora_B, seed=KNOWN_SEED, backend=name)
+        grads = torch.autograd.grad(y.sum(), lora_B)
+    except Exception as error:  # whatever it is, it is what this check is for
+        return f"{type(error).__name__}: {' '.join(str(error).split())}"
+    wanted = [2.0 * (owner + 1) for owner in _HALVES]
+    if y.flatten().tolist() != wanted:
+        return f"wrong output: {y.flatten().tolist()}, expected {wanted}"
+    for j, grad in enumerate(grads):
+        if grad.flatten().tolist() != [2.0 * (owner == j) for owner in _HALVES]:
+            return f"wrong gradient of lora_B[{j}]: {grad.flatten().tolist()}"
+    return "ok"
+
+
+def check_draws() -> str:
+    """The mask stream in Python against the published numbers; "ok" or what was wrong."""
+    drawn = mask_stream.draws(KNOWN_SEED, range(1), range(len(KNOWN_DRAWS)))[0].tolist()
+    return "ok" if drawn == list(KNOWN_DRAWS) else f"drew {drawn}, expected {list(KNOWN_DRAWS)}"
+
+
+def advice(reason: str) -> str:
+    """What to do about a backend that does not work for this reason."""
+    for pattern, text in _ADVICE:
+        if re.search(pattern, reason):
+            return text
+    return "see README.md"
+
+
+def loaded_openmp(maps: Path = Path("/proc/self/maps")) -> tuple[str, ...]:
+    """Paths of the OpenMP runtimes loaded in this process; none where the system does not say."""
+    try:
+        text = maps.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ()
+    return tuple(sorted(set(re.findall(r"(/\S*lib(?:gomp|omp|iomp5)[-.\w]*\.so\S*)", text))))
+
+
+def _backend(name: str, reason: str | None) -> Backend:
+    if reason is not None:
+        return Backend(name, reason, advice(reason), None)
+    check = self_check(name)
+    if name == "reference" and check == "ok":
+        check = check_draws()
+    return Backend(name, None, None, check)
+
+
+def _version(distribution: str, module: str) -> str | None:
+    if importlib.util.find_spec(module) is None:
+        return None
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"
+
+
+def _system() -> dict[str, str]:
+    facts = {
+        "python": f"{platform.python_version()} at {sys.executable}",
+        "platform": f"{platform.system()} {platform.machine()}",
+        "cpus": f"{os.cpu_count()}, torch uses {torch.get_num_threads()} threads",
+    }
+    if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            major, minor = torch.cuda.get_device_capability(index)
+            facts[f"gpu {index}"] = f"{torch.cuda.get_device_name(index)}, sm_{major}{minor}"
+    else:
+        built = torch.version.cuda or torch.version.hip
+        kind = f"torch is built for {built}, and finds no device" if built else "torch has no CUDA"
+        facts["gpu"] = f"none ({kind})"
+    return facts
+
+
+def _warnings(sets: list[str], chosen: str, openmp: tuple[str, ...]) -> list[str]:
+    warnings = []
+    if sets and chosen not in ("auto", *sets):
+        warnings.append(f"{cpu.ISA_VARIABLE}={chosen} is not one of auto, {', '.join(sets)}")
+    elif sets and chosen not in ("auto", sets[-1]):
+        warnings.append(f"{cpu.ISA_VARIABLE}={chosen} holds the CPU kernels below {sets[-1]}")
+    if len(openmp) > 1:
+        warnings.append(
+            f"{len(openmp)} OpenMP runtimes are loaded and will compete for the cores: "
+            f"{', '.join(openmp)}; import torch before other libraries that bring one"
+        )
+    if sys.version_info < (3, 11) and importlib.util.find_spec("tomli") is None:
+        warnings.append("lora-ortho merge needs tomli on Python 3.10 (pip install tomli)")
+    return warnings

@@ -1,0 +1,1 @@
+"""Merges of LoRA factors inside other merging libraries; each module needs its library."""

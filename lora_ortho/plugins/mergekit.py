@@ -1,0 +1,159 @@
+"""mergekit (0.1.5 or newer): the merge method ``lora_ortho``, on LoRA factors.
+
+    python -m lora_ortho.plugins.mergekit CONFIG.yml OUTPUT_FOLDER [options of mergekit-yaml]
+
+mergekit reads adapters by writing a full model for each and takes their difference; here every
+weight of the base is read once, and the factors are folded into it. Which adapters, rates and
+weights, says a TOML file with the paper's [[loras]] tables, as for ``lora-ortho merge``:
+
+    merge_method: lora_ortho
+    base_model: ./base
+    models: [{model: ./base}]
+    parameters: {loras: merge.toml, method: ortho_rows, seed: 0}
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+from collections.abc import Hashable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from mergekit import merge_methods
+from mergekit.common import ModelReference
+from mergekit.io.tasks import LoaderCache
+from mergekit.merge_methods.base import BasePolicy, InputContract, TensorGroup
+from mergekit.merge_methods.easy_define import merge_method
+from mergekit.merge_methods.registry import register, registered_methods
+
+from lora_ortho.adapters import AdapterFileError, LoadedAdapter, assign_streams
+from lora_ortho.adapters.peft_folder import CONFIG_FILE
+from lora_ortho.adapters.tensor_file import open_regular, parse_json_object
+from lora_ortho.cli.console import CliError, one_line
+from lora_ortho.cli.merge_config import read_config
+
+from .weights import check_method, left_over, members, merged
+
+NAME = "lora_ortho"
+
+
+class _Plan(NamedTuple):
+    """What one configuration file asks for."""
+
+    adapters: tuple[LoadedAdapter, ...]
+    p: list[float] | None
+    weights: list[float]
+
+
+@functools.lru_cache(maxsize=4)
+def _plan(path: str, stamp: tuple[int, int]) -> _Plan:
+    """The adapters of a TOML file, read once as long as the file does not change."""
+    config = read_config(Path(path))
+    adapters = tuple(config.load_adapters())
+    for adapter in adapters:
+        _refuse_transposed(adapter)
+    return _Plan(adapters, config.p, config.weights)
+
+
+def _refuse_transposed(adapter: LoadedAdapter) -> None:
+    """Weights of (d_in, d_out), as GPT-2's Conv1D has them, cannot be told from square ones."""
+    file = Path(adapter.source) / CONFIG_FILE
+    if not file.is_file():
+        return
+    with open_regular(file) as opened:
+        if parse_json_object(file, opened.read()).get("fan_in_fan_out"):
+            raise AdapterFileError(file, "layers with transposed weights", "fan_in_fan_out")
+
+
+@functools.lru_cache(maxsize=4)
+def _streams(base: Hashable) -> dict[str, int] | None:
+    """Stream numbers of the base model's modules, from its tensors' names; None if not known."""
+    if not isinstance(base, ModelReference):
+        return None
+    names = LoaderCache().get(base).index.tensor_paths
+    modules = {""}
+    for name in names:
+        parts = name.split(".")[:-1]
+        modules.update(".".join(parts[:end]) for end in range(1, len(parts) + 1))
+    return assign_streams(modules)
+
+
+@functools.lru_cache(maxsize=4)
+def _check_all_are_used(plan_key: tuple[str, tuple[int, int]], base: Hashable) -> None:
+    if not isinstance(base, ModelReference):
+        return
+    names = LoaderCache().get(base).index.tensor_paths
+    layers = {name.removesuffix(".weight"): name for name in names if name.endswith(".weight")}
+    problem = left_over(_plan(*plan_key).adapters, layers)
+    if problem is not None:
+        raise ValueError(f"{plan_key[0]}: {problem}")
+
+
+@merge_method(  # type: ignore[untyped-decorator]
+    name=NAME,
+    pretty_name="LoRA ortho",
+    reference_url="https://arxiv.org/abs/2510.03262",
+    contract=InputContract(base=BasePolicy.REQUIRED, max_inputs=1),
+)
+def lora_ortho(
+    group: TensorGroup, loras: str, method: str = "ortho_rows", seed: int = 0, sample: int = 0
+) -> torch.Tensor:
+    """A weight of the base with the adapters folded in; weights without adapters as they are.
+
+    A layer's stream is that of its name, so `ortho_rows` and `element_disjoint` give what
+    `lora_ortho.export` and the FusionBench algorithm give.
+
+    Args:
+        group: one weight of the base model.
+        loras: path of a TOML file with [[loras]] tables.
+        method: "direct", "ortho_rows" or "element_disjoint".
+        seed, sample: of the masks.
+    Raises:
+        ValueError: what does not fit, by name; adapters for layers that the base does not have.
+    """
+    check_method(method)
+    status = os.stat(loras)
+    key = (loras, (status.st_mtime_ns, status.st_size))
+    plan = _plan(*key)
+    entry = group.entries[0]
+    _check_all_are_used(key, entry.id)
+    layer, _, kind = (group.metadata.name or "").rpartition(".")
+    parts = members(layer, plan.adapters, plan.p, plan.weights)
+    tensor: torch.Tensor = entry.tensor
+    if not parts or kind != "weight":
+        return tensor
+    biased = [part.name for part in parts if part.bias is not None]
+    if biased:
+        raise ValueError(f"layer {layer}: adapter {biased[0]!r} has a bias (lora_bias)")
+    streams = _streams(entry.id) or assign_streams([layer])
+    try:
+        weight, _ = merged(
+            tensor, None, parts, method, seed=seed, stream=streams[layer], sample=sample
+        )
+    except ValueError as error:
+        raise ValueError(f"layer {layer}: {error}") from error
+    return weight
+
+
+if NAME not in {found.spec.name for found in registered_methods()}:
+    register(lora_ortho)
+
+
+def main() -> int:
+    """mergekit-yaml with the method registered; the exit status."""
+    from mergekit.scripts.run_yaml import main as run_yaml
+
+    assert merge_methods.get(NAME).spec.name == NAME
+    try:
+        run_yaml()
+    except (CliError, OSError, ValueError) as error:
+        print(f"lora_ortho.plugins.mergekit: error: {one_line(error)}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

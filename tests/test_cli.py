@@ -1,0 +1,307 @@
+"""The command line: rules that hold for every command, `inspect`, `doctor` and `bench`."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from adapter_files import PREFIX, config, tensors, write
+from safetensors.torch import save_file
+
+import lora_ortho
+from lora_ortho import backends, diagnostics, doctor
+from lora_ortho.backends import cpu
+from lora_ortho.cli import console, main
+from lora_ortho.cli.heat_map import place
+
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> list[str]:
+    """Two adapters of the small model with different factors."""
+    other = {key: value.flip(0) + 0.5 for key, value in tensors().items()}
+    return [str(write(tmp_path / "one")), str(write(tmp_path / "two", factors=other))]
+
+
+def fails(capsys: pytest.CaptureFixture[str], status: int, *arguments: str) -> str:
+    """Runs a command that must fail; returns its one line of error, without the prefix."""
+    assert main(list(arguments)) == status
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    (line,) = captured.err.splitlines()
+    assert line.startswith("lora-ortho: error: ")
+    return line.removeprefix("lora-ortho: error: ")
+
+
+def test_inspect_table(folders: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", *folders]) == 0
+    out = capsys.readouterr().out
+    assert "one & two" in out
+    assert "0.5 each or more" in out
+
+
+def test_inspect_json_is_the_report(folders: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", *folders, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    report = diagnostics.inspect([lora_ortho.load_adapter(folder) for folder in folders])
+    assert found == json.loads(console.to_json(report))
+    assert [pair["layer"] for pair in found["pairs"]] == ["a", "b.c"]
+    assert found["pairs"][0]["alignment"] == report.pairs[0].alignment
+
+
+def test_inspect_every_layer_and_interference(
+    folders: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_file({"a": torch.ones(2, 3)}, tmp_path / "x.safetensors")
+    arguments = ["--layers", "--inputs", f"one={tmp_path / 'x.safetensors'}"]
+    assert main(["inspect", *folders, *arguments]) == 0
+    out = capsys.readouterr().out
+    assert "every layer" in out
+    assert "two on one" in out
+
+
+def test_inspect_says_what_does_not_fit(
+    folders: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["inspect", *folders, "--p", "0.25", "0.5"]) == 1
+    assert "problem: p: 1 - p sums to 1.25 in a" in capsys.readouterr().out
+
+
+def test_inspect_names_by_path(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for parent in ("x", "y"):
+        (tmp_path / parent).mkdir()
+        write(tmp_path / parent / "same")
+    paths = [str(tmp_path / parent / "same") for parent in ("x", "y")]
+    assert main(["inspect", *paths]) == 0
+    assert "x/same & y/same" in capsys.readouterr().out
+    assert "given twice" in fails(capsys, 1, "inspect", paths[0], paths[0])
+
+
+def test_inspect_one_adapter(folders: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", folders[0]]) == 0
+    assert "one adapter: any dropout rate" in capsys.readouterr().out
+
+
+def test_inspect_plot(
+    folders: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    picture = tmp_path / "new" / "map.png"
+    assert main(["inspect", *folders, "--plot", str(picture)]) == 0
+    assert picture.read_bytes().startswith(PNG)
+    capsys.readouterr()
+    picture.write_bytes(b"mine")
+    assert "--force" in fails(capsys, 1, "inspect", *folders, "--plot", str(picture))
+    assert picture.read_bytes() == b"mine"
+    assert main(["inspect", *folders, "--plot", str(picture), "--force"]) == 0
+    assert picture.read_bytes().startswith(PNG)
+    assert [path.name for path in picture.parent.iterdir()] == ["map.png"]
+
+
+def test_a_plot_that_fails_leaves_no_file(
+    folders: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "nothing to draw" in fails(
+        capsys, 1, "inspect", folders[0], "--plot", str(tmp_path / "map.png")
+    )
+    assert "not supported" in fails(
+        capsys, 1, "inspect", *folders, "--plot", str(tmp_path / "map.xyz")
+    )
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "two"]
+
+
+@pytest.mark.parametrize(
+    ("layer", "wanted"),
+    [
+        ("model.layers.12.mlp.up_proj", ("model.layers.12", "mlp.up_proj")),
+        ("down_blocks.1.attentions.0.to_out.0", ("down_blocks.1.attentions.0.to_out", "0")),
+        ("lm_head", ("", "lm_head")),
+        ("3.fc1", ("3", "fc1")),
+    ],
+)
+def test_place_of_a_layer(layer: str, wanted: tuple[str, str]) -> None:
+    block, part = place(layer)
+    if layer.endswith(".0"):  # a number at the end is a part's name
+        assert (block, part) == ("down_blocks.1.attentions.0", "to_out.0")
+    else:
+        assert (block, part) == wanted
+
+
+def test_refused_files_are_one_line(
+    tmp_path: Path, folders: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "does not exist" in fails(capsys, 1, "inspect", str(tmp_path / "none"))
+    dora = write(tmp_path / "dora", config(use_dora=True))
+    assert "use_dora" in fails(capsys, 1, "inspect", str(dora))
+    nan = tensors()
+    nan[f"{PREFIX}a.lora_A.weight"][0, 0] = torch.nan
+    assert "NaN" in fails(capsys, 1, "inspect", str(write(tmp_path / "nan", factors=nan)))
+    assert "NAME=FILE" in fails(capsys, 1, "inspect", *folders, "--inputs", "one")
+    missing = f"one={tmp_path / 'none'}"
+    assert "No such file" in fails(capsys, 1, "inspect", *folders, "--inputs", missing)
+
+
+@pytest.mark.parametrize("arguments", [[], ["paint"], ["inspect"], ["doctor", "--loud"]])
+def test_wrong_usage(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    assert stopped.value.code == 2
+    assert capsys.readouterr().out == ""
+
+
+def test_progress_waits_a_second_and_can_be_stopped(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr("lora_ortho.cli.console.time.monotonic", lambda: now[0])
+    for quiet in (False, True):
+        progress = console.Progress(quiet, steps=3)
+        progress("early")
+        now[0] += 2.0
+        progress("late")
+    captured = capsys.readouterr()
+    assert captured.err == "[2/3, 2 s] late\n"
+    assert captured.out == ""
+
+
+def test_interrupt_leaves_no_traceback(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("lora_ortho.cli.doctor.diagnose", interrupted)
+    assert main(["doctor"]) == 1
+    assert "interrupted" in capsys.readouterr().err
+
+
+def test_a_closed_pipe_is_no_traceback(folders: list[str]) -> None:
+    command = f"{sys.executable} -m lora_ortho inspect --layers {' '.join(folders * 1)} --json"
+    shell = subprocess.run(
+        ["bash", "-c", f"({command}; echo status $? >&2) | true"],
+        capture_output=True, text=True, timeout=120, check=True,
+    )  # fmt: skip
+    assert "Traceback" not in shell.stderr
+    assert shell.stderr.splitlines()[-1] in ("status 0", "status 1")
+
+
+def test_module_and_script_are_the_same_program() -> None:
+    shown = subprocess.run(
+        [sys.executable, "-m", "lora_ortho", "--help"],
+        capture_output=True, text=True, timeout=120, check=True,
+    )  # fmt: skip
+    assert shown.stdout.startswith("usage: lora-ortho ")
+    root = Path(__file__).resolve().parent.parent
+    project = (root / "pyproject.toml").read_text(encoding="utf-8")
+    assert '[project.scripts]\nlora-ortho = "lora_ortho.cli:main"\n' in project
+
+
+def test_imports_stay_light() -> None:
+    code = (
+        "import sys, lora_ortho, lora_ortho.cli; "
+        "print([m for m in ('transformers','diffusers','peft','matplotlib','mergekit') "
+        "if m in sys.modules])"
+    )
+    shown = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True
+    )
+    assert shown.stdout == "[]\n"
+
+
+def test_doctor_says_what_works(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["healthy"] is True
+    reasons = {backend["name"]: backend["reason"] for backend in found["backends"]}
+    assert reasons == backends.available()
+    for backend in found["backends"]:
+        assert backend["check"] == ("ok" if backend["reason"] is None else None)
+        assert (backend["advice"] is None) == (backend["reason"] is None)
+    versions = {package["name"]: package["version"] for package in found["packages"]}
+    assert versions["torch"] == torch.__version__
+    assert main(["doctor"]) == 0
+    assert capsys.readouterr().out.endswith("all well\n")
+
+
+def test_doctor_notices_wrong_masks(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from lora_ortho.backends import reference
+
+    def shifted(*args: Any) -> Any:
+        masks = original(*args)
+        return [mask.roll(1, dims=1) for mask in masks]
+
+    original = reference._masks
+    monkeypatch.setattr(reference, "_masks", shifted)
+    assert main(["doctor"]) == 1
+    out = capsys.readouterr().out
+    assert "BROKEN: wrong output" in out
+    assert "something is broken" in out
+
+
+def test_doctor_notices_wrong_draws(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lora_ortho.mask_stream.ROUNDS", 6)
+    assert doctor.check_draws().startswith("drew ")
+
+
+def test_doctor_advice_and_openmp(tmp_path: Path) -> None:
+    assert "compiler" in doctor.advice("lora_ortho was installed without its compiled CPU kernels")
+    assert "pip install triton" in doctor.advice("No module named 'triton'")
+    assert "NVIDIA" in doctor.advice("no GPU here")
+    maps = tmp_path / "maps"
+    maps.write_text(
+        "7f00 r-xp 00 fe:00 1 /a/libgomp.so.1\n7f01 r-xp 00 fe:00 1 /a/libgomp.so.1\n"
+        "7f02 r-xp 00 fe:00 1 /b/libomp-abc.so\n7f03 r-xp 00 fe:00 1 /c/libcomp.so\n"
+    )
+    assert doctor.loaded_openmp(maps) == ("/a/libgomp.so.1", "/b/libomp-abc.so")
+    assert doctor.loaded_openmp(tmp_path / "none") == ()
+
+
+def test_doctor_warns_of_a_capped_instruction_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    sets = cpu.instruction_sets()
+    if len(sets) < 2:
+        pytest.skip("this processor has one instruction set only")
+    monkeypatch.setenv("LORA_ORTHO_CPU_ISA", sets[0])
+    found = doctor.diagnose()
+    assert found.instruction_set == sets[0]
+    assert any("LORA_ORTHO_CPU_ISA" in text for text in found.warnings)
+
+
+def test_bench_passes_its_options_on(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given: list[list[str]] = []
+    module: Any = types.ModuleType("lora_ortho.benchmarks")
+
+    def benchmarks(arguments: list[str]) -> int:
+        given.append(list(arguments))
+        return 7
+
+    module.main = benchmarks
+    monkeypatch.setitem(sys.modules, "lora_ortho.benchmarks", module)
+    assert main(["bench", "--quick", "--case", "3", "--json"]) == 7
+    assert given == [["--quick", "--case", "3", "--json"]]
+    monkeypatch.setitem(sys.modules, "lora_ortho.benchmarks", None)
+    assert "no benchmarks" in fails(capsys, 1, "bench")
+
+
+def test_outputs_are_whole_or_absent(tmp_path: Path) -> None:
+    target = tmp_path / "file"
+    target.write_text("old")
+
+    def half(path: Path) -> None:
+        path.write_text("half")
+        raise OSError(28, os.strerror(28))
+
+    with pytest.raises(OSError, match="space"):
+        console.write_whole(target, half)
+    assert target.read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]

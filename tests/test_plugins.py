@@ -1,0 +1,360 @@
+"""Adapters folded into weights, alone and inside mergekit and FusionBench."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from adapter_files import small_model
+from tiny_models import language_model, save_adapter, save_language_model
+from torch import Tensor, nn
+
+import lora_ortho
+from lora_ortho import Adapter, mask_stream
+from lora_ortho.adapters import LoadedAdapter, load_adapter
+from lora_ortho.plugins.weights import METHODS, fold_into, members, merged
+
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples" / "plugins"
+SEED, STREAM, SAMPLE = -5, 77, 3
+
+
+def needs(package: str, module: str) -> pytest.MarkDecorator:
+    found = importlib.util.find_spec(module) is not None
+    return pytest.mark.skipif(not found, reason=f"{package} is not installed")
+
+
+needs_mergekit = needs("mergekit", "mergekit")
+needs_fusion_bench = needs("fusion-bench", "fusion_bench")
+
+
+def adapters_of_layer(dtype: torch.dtype = torch.float64, bias: bool = False) -> list[Adapter]:
+    return [
+        Adapter(
+            torch.randn(rank, 6, dtype=dtype),
+            torch.randn(9, rank, dtype=dtype),
+            scaling=0.5 * rank,
+            weight=1.25 - rank,
+            p=p,
+            bias=torch.randn(9, dtype=dtype) if bias else None,
+            name=f"r{rank}",
+        )
+        for rank, p in ((1, 0.5), (3, 0.75), (2, 0.8))
+    ]
+
+
+def owners(method: str, p: list[float]) -> Tensor:
+    """(9, 7): who owns an element of the weight, and in the last column of the bias."""
+    place: Any = {"stream": STREAM, "sample": SAMPLE}
+    if method == "ortho_rows":
+        return mask_stream.winners(SEED, range(1), range(9), p, **place).T.expand(9, 7)
+    return mask_stream.winners(SEED, range(9), range(7), p, **place)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("method", METHODS)
+def test_weights_by_the_definition(method: str, bias: bool) -> None:
+    adapters = adapters_of_layer(bias=bias)
+    weight, base_bias = torch.randn(9, 6, dtype=torch.float64), torch.randn(9, dtype=torch.float64)
+    wanted = torch.cat([weight, base_bias[:, None]], dim=1)
+    p = [float(a.p or 0.0) for a in adapters]
+    _, keep = mask_stream.thresholds(p, "orthogonal")
+    for j, a in enumerate(adapters):
+        delta = torch.cat([a.lora_B @ a.lora_A, torch.zeros(9, 1, dtype=torch.float64)], dim=1)
+        if a.bias is not None:
+            delta[:, -1] = a.bias
+        gain = a.weight * a.scaling
+        if method != "direct":
+            delta = torch.where(owners(method, p) == j, delta / keep[j], 0.0)
+        wanted += gain * delta
+    settings: Any = {"seed": SEED, "stream": STREAM, "sample": SAMPLE}
+    found, found_bias = merged(weight, base_bias, adapters, method, **settings)
+    assert found_bias is not None
+    both = torch.cat([found, found_bias[:, None]], dim=1)
+    assert torch.allclose(both, wanted, rtol=1e-13, atol=1e-13)
+    if not bias:
+        assert torch.equal(found_bias, base_bias)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_narrow_base_is_rounded_once(method: str) -> None:
+    adapters = adapters_of_layer(torch.float32)
+    weight = torch.randn(9, 6).bfloat16()
+    found, _ = merged(weight, None, adapters, method, seed=1, stream=2)
+    exact, _ = merged(weight.double(), None, adapters, method, seed=1, stream=2)
+    assert found.dtype == torch.bfloat16
+    assert torch.equal(found, exact.bfloat16())
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The examples with what they name: a base model and two adapters."""
+    where = tmp_path_factory.mktemp("plugins")
+    shutil.copytree(EXAMPLES, where, dirs_exist_ok=True)
+    save_language_model(where / "base")
+    save_adapter(where / "one", language_model(), 1)
+    save_adapter(where / "two", language_model(), 2, targets=["q_proj", "o_proj"], use_rslora=True)
+    return where
+
+
+def loaded(folder: Path, model: Any = None) -> list[LoadedAdapter]:
+    return [load_adapter(folder / name, model) for name in ("one", "two")]
+
+
+def expected(folder: Path, method: str, seed: int = 0) -> dict[str, Tensor]:
+    """The merged weights, from the model and adapters in memory."""
+    model = language_model()
+    fold_into(model, loaded(folder), method, [0.5, 0.5], seed=seed)
+    state: dict[str, Tensor] = model.state_dict()
+    return state
+
+
+def assert_weights(model_folder: Path, wanted: dict[str, Tensor]) -> None:
+    from safetensors.torch import load_file
+
+    found = load_file(model_folder / "model.safetensors")
+    assert set(found) == set(wanted)
+    for name, tensor in wanted.items():
+        assert torch.equal(found[name], tensor), name
+
+
+def test_one_token_sees_the_run_time_merge(folder: Path) -> None:
+    """A single token is row 0, whose masks `ortho_rows` folds in."""
+    model, ids = language_model(), torch.tensor([[4]])
+    settings: Any = {"p": [0.5, 0.5], "weights": [1.0, -0.5], "seed": 9}
+    with torch.no_grad(), lora_ortho.inject(model, loaded(folder, model), **settings) as handle:
+        handle.set(sample=2)
+        wanted = model(input_ids=ids).logits
+    bare = model(input_ids=ids).logits
+    fold_into(model, loaded(folder), "ortho_rows", [0.5, 0.5], [1.0, -0.5], seed=9, sample=2)
+    found = model(input_ids=ids).logits
+    assert torch.allclose(found, wanted, atol=1e-5)
+    assert not torch.allclose(found, bare, atol=1e-2)
+
+
+def test_element_disjoint_averages_to_direct() -> None:
+    adapters = [replace(a, p=2 / 3) for a in adapters_of_layer()]
+    weight = torch.zeros(9, 6, dtype=torch.float64)
+    direct, _ = merged(weight, None, adapters, "direct", seed=0, stream=0)
+    drawn = torch.stack(
+        [
+            merged(weight, None, adapters, "element_disjoint", seed=0, stream=0, sample=i)[0]
+            for i in range(2000)
+        ]
+    )
+    z = (drawn.mean(dim=0) - direct) / (drawn.std(dim=0) / len(drawn) ** 0.5)
+    assert float(z.abs().max()) < 6
+
+
+def tied_model() -> Any:
+    model: Any = small_model()
+    model.twin = nn.Linear(3, 4)
+    model.twin.weight = model.a.weight
+    return model
+
+
+def of(part: Adapter, layer: str = "a", name: str = "one") -> LoadedAdapter:
+    return LoadedAdapter(name, {layer: part}, Path(name))
+
+
+PART = Adapter(torch.ones(1, 3), torch.ones(4, 1))
+
+
+@pytest.mark.parametrize(
+    ("model", "adapters", "settings", "message"),
+    [
+        (small_model, [of(PART)], {"method": "orthogonal"}, "method must be one of direct, ortho"),
+        (small_model, [of(PART, "z")], {}, "adapter 'one' adapts z, which the base model does not"),
+        (small_model, [of(PART, "b.c")], {}, "layer b.c: adapter 'one' is for a weight of"),
+        (small_model, [of(PART, "b")], {}, "layer b is a Module; it must be an nn.Linear"),
+        (tied_model, [of(PART)], {}, "layer a shares its weight: a.weight, a.bias, twin.weight"),
+        (small_model, [of(PART)], {"p": [0.5, 0.5]}, "p must have a value for each of 1 adapters"),
+        (small_model, [of(PART)] * 2, {"p": [0.4, 0.5]}, "layer a: p: the orthogonal method needs"),
+    ],
+)  # fmt: skip
+def test_refusals_leave_the_model_as_it_was(
+    model: Any, adapters: list[LoadedAdapter], settings: dict[str, Any], message: str
+) -> None:
+    made = model()
+    before = copy.deepcopy(made.state_dict())
+    good = of(Adapter(torch.ones(1, 4), torch.ones(5, 1)), "b.c", "good")
+    if settings.get("p") is None:
+        adapters = [good, *adapters]
+    with pytest.raises(ValueError, match=message):
+        fold_into(made, adapters, **{"method": "ortho_rows", **settings})
+    for name, tensor in made.state_dict().items():
+        assert torch.equal(tensor, before[name])
+
+
+def test_a_bias_needs_a_bias() -> None:
+    model: Any = small_model()
+    model.a = nn.Linear(3, 4, bias=False)
+    with pytest.raises(ValueError, match=r"layer a: adapter 'one' has a bias \(lora_bias\)"):
+        fold_into(model, [of(replace(PART, bias=torch.ones(4)))], "direct")
+
+
+def test_members_are_those_of_the_layer() -> None:
+    adapters = [of(PART, "a", "one"), of(PART, "b", "two"), of(PART, "a", "three")]
+    parts = members("a", adapters, None, [1.0, 2.0, 3.0])
+    assert [(part.name, part.weight, part.p) for part in parts] == [
+        ("one", 1.0, None),
+        ("three", 3.0, None),
+    ]
+
+
+def run_program(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", *arguments], cwd=cwd, capture_output=True, text=True, timeout=300
+    )
+
+
+@needs_mergekit
+def test_mergekit_example_as_it_is(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "merged"
+    done = run_program("lora_ortho.plugins.mergekit", "mergekit.yml", str(out), cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert_weights(out, expected(folder, "ortho_rows"))
+
+
+def merge_by_mergekit(out: Path, **parameters: Any) -> None:
+    from mergekit.config import MergeConfiguration
+    from mergekit.merge import run_merge
+    from mergekit.options import MergeOptions
+
+    import lora_ortho.plugins.mergekit  # noqa: F401
+
+    base = {"model": "./base"}
+    config = MergeConfiguration.model_validate(
+        {
+            "merge_method": "lora_ortho",
+            "base_model": base,
+            "models": [{"model": base}],
+            "parameters": {"loras": "merge.toml", **parameters},
+        }
+    )
+    run_merge(config, str(out), MergeOptions(write_model_card=False, quiet=True))
+
+
+@needs_mergekit
+@pytest.mark.parametrize("method", ["direct", "element_disjoint"])
+def test_mergekit_other_methods(
+    method: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder)
+    merge_by_mergekit(tmp_path / "merged", method=method, seed=4)
+    assert_weights(tmp_path / "merged", expected(folder, method, seed=4))
+
+
+@needs_mergekit
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"method": "orthogonal"}, "method must be one of direct, ortho_rows, element_disjoint"),
+        ({"loras": "none.toml"}, "No such file"),
+        ({"loras": "over.toml"}, "the orthogonal method needs keep probabilities"),
+        ({"loras": "other.toml"}, "adapter 'other' adapts model.layers.2.mlp.down_proj, which"),
+        ({"loras": "biased.toml"}, r"adapter 'biased' has a bias \(lora_bias\)"),
+        ({"loras": "gpt.toml"}, "fan_in_fan_out"),
+    ],
+)
+def test_mergekit_refusals(
+    change: dict[str, str], message: str, folder: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    for name in ("one", "other", "biased", "gpt"):
+        shutil.copytree(folder / "one", tmp_path / name)
+        (tmp_path / f"{name}.toml").write_text(f'[[loras]]\nfile_path = "{name}"\n')
+    (tmp_path / "base").symlink_to(folder / "base")
+    text = (EXAMPLES / "merge.toml").read_text().replace("0.5", "0.25").replace('"two"', '"other"')
+    (tmp_path / "over.toml").write_text(text)
+    monkeypatch.chdir(tmp_path)
+    name = change.get("loras", "").removesuffix(".toml")
+    if name == "other":
+        deeper = language_model()
+        deeper.model.layers.append(copy.deepcopy(deeper.model.layers[0]))
+        save_adapter(tmp_path / "other", deeper, 1)
+    if name == "biased":
+        save_adapter(tmp_path / "biased", language_model(), 1, lora_bias=True)
+    if name == "gpt":
+        file = tmp_path / "gpt" / "adapter_config.json"
+        file.write_text(
+            file.read_text().replace('"fan_in_fan_out": false', '"fan_in_fan_out": true')
+        )
+    with pytest.raises((ValueError, OSError), match=message):
+        merge_by_mergekit(tmp_path / "merged", **change)
+    assert not list((tmp_path / "merged").glob("*.safetensors"))
+
+
+@needs_mergekit
+def test_mergekit_errors_are_one_line(
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from lora_ortho.plugins.mergekit import main
+
+    text = (folder / "mergekit.yml").read_text().replace("ortho_rows ", "orthogonal ")
+    (tmp_path / "wrong.yml").write_text(text)
+    monkeypatch.chdir(folder)
+    arguments = ["mergekit", str(tmp_path / "wrong.yml"), str(tmp_path / "out"), "--quiet"]
+    monkeypatch.setattr(sys, "argv", arguments)
+    assert main() == 1
+    assert "error: method must be one of" in capsys.readouterr().err.splitlines()[-1]
+
+
+@needs_fusion_bench
+def test_fusion_bench_example_as_it_is(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "work")
+    arguments = ["--config-dir", ".", "--config-name", "fusion_bench"]
+    done = run_program("fusion_bench.scripts.cli", *arguments, cwd=tmp_path / "work")
+    assert done.returncode == 0, done.stderr
+    assert_weights(tmp_path / "work" / "merged", expected(folder, "ortho_rows"))
+
+
+@needs_fusion_bench
+@pytest.mark.parametrize("method", ["direct", "element_disjoint"])
+def test_fusion_bench_other_methods(
+    method: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fusion_bench.modelpool import BaseModelPool
+    from fusion_bench.utils import instantiate
+
+    from lora_ortho.plugins.fusion_bench import LoraOrtho
+
+    monkeypatch.chdir(folder)
+    source = {"_target_": "transformers.AutoModelForCausalLM.from_pretrained"}
+    models: dict[str, Any] = {
+        "_pretrained_": {**source, "pretrained_model_name_or_path": "./base"},
+        "one": {"_target_": "lora_ortho.load_adapter", "path": "one"},
+        "two": {"_target_": "lora_ortho.load_adapter", "path": "two"},
+    }
+    LoraOrtho(method, p=[0.5, 0.5], seed=4).to_yaml(tmp_path / "method.yaml")
+    algorithm = LoraOrtho.from_yaml(tmp_path / "method.yaml")
+    assert (algorithm.merge_method, algorithm.p, algorithm.seed) == (method, [0.5, 0.5], 4)
+    found = algorithm.run(BaseModelPool(models)).state_dict()
+    for name, tensor in expected(folder, method, seed=4).items():
+        assert torch.equal(found[name], tensor), name
+    assert instantiate(algorithm.config).p == [0.5, 0.5]
+
+
+@needs_fusion_bench
+def test_fusion_bench_refusals(folder: Path) -> None:
+    from fusion_bench.modelpool import BaseModelPool
+
+    from lora_ortho.plugins.fusion_bench import LoraOrtho
+
+    with pytest.raises(ValueError, match="method must be one of direct"):
+        LoraOrtho("orthogonal")
+    with pytest.raises(ValueError, match="no adapter beside _pretrained_"):
+        LoraOrtho().run(BaseModelPool({"_pretrained_": language_model()}))
+    pool = BaseModelPool({"_pretrained_": language_model(), "one": language_model()})
+    with pytest.raises(TypeError, match="one of the pool must be an adapter"):
+        LoraOrtho().run(pool)
