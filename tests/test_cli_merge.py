@@ -56,7 +56,7 @@ def test_the_papers_file_as_it_is(tmp_path: Path) -> None:
     assert config.p == [0.5, 0.25]
     assert config.weights == [1.0, 0.75]
     assert config.loras[0].file_name == "community/yarn.safetensors"
-    assert (config.steps, config.guidance_scale, config.clip_skip) == (40, 7.0, 2)
+    assert (config.steps, config.guidance_scale, config.clip_skip) == (40, 7.0, None)
 
 
 def test_no_rate_and_no_name(tmp_path: Path) -> None:

@@ -87,6 +87,13 @@ def _plain(value: Any) -> Any:
     return value
 
 
+def quieten(*loggings: Any) -> None:
+    """Errors only, and no progress bars, from `transformers.logging` and its like."""
+    for logging in loggings:
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+
+
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], indent: str = "") -> str:
     """Columns as wide as their widest cell; the first to the left, the others to the right."""
     cells = [list(header), *map(list, rows)]

@@ -61,8 +61,8 @@ class MergeConfig:
         texts: files to take the loss on, language models only.
         max_tokens: tokens read of each text.
         max_new_tokens: tokens written after the prompt.
-        steps, guidance_scale, clip_skip: of the image pipeline, as in the paper.
-        width, height: in pixels; None is the pipeline's own.
+        steps, guidance_scale: of the image pipeline; the defaults are the paper's.
+        clip_skip, width, height: of the image pipeline; None is its own.
         scheduler: name of a diffusers class; None is the pipeline's own.
         folder: of the file; relative paths start here.
     """
@@ -86,7 +86,7 @@ class MergeConfig:
     max_new_tokens: int = 32
     steps: int = 40
     guidance_scale: float = 7.0
-    clip_skip: int | None = 2
+    clip_skip: int | None = None
     width: int | None = None
     height: int | None = None
     scheduler: str | None = None

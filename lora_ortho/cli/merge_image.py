@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,11 @@ import torch
 from lora_ortho.adapters import attach
 from lora_ortho.adapters.tensor_file import read_header
 
-from .console import CliError, Progress, one_line, table
+from .console import CliError, Progress, one_line, quieten, table
 from .merge_config import Lora, MergeConfig
 
 _LABEL = 22  # pixels above each row of the grid
+_NARROWEST = 160  # pixels that a label needs
 _GROUND, _INK = "#ffffff", "#1a1a1a"
 
 Pictures = dict[str, list[Any]]  # PIL images by what made them
@@ -87,12 +89,13 @@ def load(config: MergeConfig) -> Any:
     source = str(config.local(pipe_id) or pipe_id)
     device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = config.dtype or ("float32" if device == "cpu" else "float16")
-    diffusers.utils.logging.set_verbosity_error()
-    diffusers.utils.logging.disable_progress_bar()
+    quieten(diffusers.utils.logging, importlib.import_module("transformers").logging)
     try:
-        pipe = diffusers.DiffusionPipeline.from_pretrained(
-            source, torch_dtype=getattr(torch, dtype)
-        )
+        with warnings.catch_warnings():  # newer versions call the argument dtype
+            warnings.simplefilter("ignore", FutureWarning)
+            pipe = diffusers.DiffusionPipeline.from_pretrained(
+                source, torch_dtype=getattr(torch, dtype)
+            )
         pipe.to(device)
     except Exception as error:  # whatever the library raises for a pipeline it cannot load
         raise CliError(f"cannot load {source}: {one_line(error)}") from error
@@ -120,10 +123,9 @@ def call_options(config: MergeConfig, pipe: Any) -> dict[str, Any]:
         "height": config.height,
     }
     has = inspect.signature(pipe.__call__).parameters
-    keys = {"negative_prompt": "neg_prompt", "width": "width", "height": "height"}
-    for name, key in keys.items():
+    for name in ("negative_prompt", "clip_skip", "width", "height"):  # the others have defaults
         if wanted[name] is not None and name not in has:
-            raise CliError(f"{key}: {type(pipe).__name__} has no {name}")
+            raise CliError(f"{type(pipe).__name__} has no {name}: leave that key out")
     return {name: value for name, value in wanted.items() if name in has and value is not None}
 
 
@@ -133,7 +135,9 @@ def _load_lora(pipe: Any, config: MergeConfig, lora: Lora, name: str) -> None:
         raise CliError(f"{path}: an adapter of a pipeline is a .safetensors file")
     read_header(path)  # refuses what is broken or hostile before diffusers opens it
     try:
-        pipe.load_lora_weights(str(path.parent), weight_name=path.name, adapter_name=name)
+        with warnings.catch_warnings():  # that there are several adapters is intended
+            warnings.simplefilter("ignore", UserWarning)
+            pipe.load_lora_weights(str(path.parent), weight_name=path.name, adapter_name=name)
     except Exception as error:  # whatever the library raises for keys it does not know
         raise CliError(f"cannot load {path}: {one_line(error)}") from error
     if name not in {key for names in pipe.get_list_adapters().values() for key in names}:
@@ -195,7 +199,7 @@ def grid(made: Pictures) -> Any:
 
     first = next(iter(made.values()))
     width, height = first[0].size
-    size = (width * len(first), (height + _LABEL) * len(made))
+    size = (max(width * len(first), _NARROWEST), (height + _LABEL) * len(made))
     picture = Image.new("RGB", size, _GROUND)
     pen = ImageDraw.Draw(picture)
     for row, (key, images) in enumerate(made.items()):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lora_ortho.adapters import inject
 
-from .console import CliError, Progress, one_line, table
+from .console import CliError, Progress, one_line, quieten, table
 from .merge_config import MergeConfig
 
 _WINDOW = 256  # tokens evaluated at once
@@ -89,8 +89,7 @@ def load(config: MergeConfig) -> tuple[Any, Any]:
     source = str(config.local(pipe_id) or pipe_id)
     dtype = getattr(torch, config.dtype or "float32")
     device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
+    quieten(transformers.logging)
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(source)
         model: Any = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=dtype)

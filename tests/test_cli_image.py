@@ -1,0 +1,154 @@
+"""`lora-ortho merge` on a diffusers pipeline with random weights, in the paper's TOML format."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import save_image_adapter, save_image_pipeline
+
+from lora_ortho.cli import main
+
+pytest.importorskip("diffusers", reason="diffusers is not installed")
+pytest.importorskip("peft", reason="peft is not installed")
+
+CONFIG = """
+save_folder_name = "one_two"
+pipe_id = "base"
+prompt = "a cat"
+neg_prompt = "a dog"
+batch_size = 2
+num_batches = 1
+steps = 2
+device = "cpu"
+
+[[loras]]
+file_path = "."
+file_name = "one.safetensors"
+adapter_name = "one.v1"
+dropout_rate = 0.5
+adapter_weight = 1.0
+
+[[loras]]
+file_path = "."
+file_name = "two.safetensors"
+adapter_name = "two"
+dropout_rate = 0.5
+adapter_weight = 0.75
+"""
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a pipeline, an adapter in diffusers' format and one in kohya's."""
+    folder = tmp_path_factory.mktemp("image")
+    save_image_pipeline(folder / "base")
+    save_image_adapter(folder / "one.safetensors", folder / "base", 1)
+    save_image_adapter(folder / "two.safetensors", folder / "base", 2, kohya=True)
+    (folder / "merge.toml").write_text(CONFIG, encoding="utf-8")
+    return folder
+
+
+def pictures(folder: Path) -> torch.Tensor:
+    """(pictures, bytes) of a folder, as integers."""
+    from PIL import Image
+
+    files = sorted(folder.glob("*.png"))
+    return torch.stack(
+        [
+            torch.frombuffer(bytearray(Image.open(file).tobytes()), dtype=torch.uint8).int()
+            for file in files
+        ]
+    )
+
+
+def test_every_method_in_one_grid(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    assert main(["merge", str(workplace / "merge.toml"), "--json", "--quiet"]) == 0
+    captured = capsys.readouterr()
+    result = json.loads(captured.out)
+    assert captured.err == ""
+    out = tmp_path / "one_two"
+    rows = ["bare model", "one.v1 alone", "two alone", "direct", "dropout", "orthogonal"]
+    assert list(result["difference"]) == rows
+    names = {*rows, "grid.png", "comparison.json", "comparison.txt"}
+    assert {path.name for path in out.iterdir()} == names
+    made = {row: pictures(out / row) for row in rows}
+    assert all(len(images) == 2 for images in made.values())
+
+    wanted = by_diffusers(workplace)
+    for row, images in wanted.items():  # a level of rounding apart
+        assert int((made[row] - images).abs().max()) <= 1, row
+    for one in rows:
+        for two in rows:
+            if one != two:
+                assert not torch.equal(made[one], made[two]), (one, two)
+    difference = (made["dropout"] - made["direct"]).abs().float().mean()
+    assert result["difference"]["dropout"]["direct"] == pytest.approx(float(difference), rel=1e-6)
+
+
+def by_diffusers(workplace: Path) -> dict[str, torch.Tensor]:
+    """What diffusers and PEFT paint by themselves where there are no masks."""
+    import diffusers
+
+    pipe: Any = diffusers.StableDiffusionPipeline.from_pretrained(workplace / "base")
+    pipe.set_progress_bar_config(disable=True)
+
+    def paint() -> torch.Tensor:
+        images = pipe(
+            prompt="a cat", negative_prompt="a dog", num_images_per_prompt=2, guidance_scale=7.0,
+            num_inference_steps=2, generator=torch.Generator().manual_seed(0),
+        ).images  # fmt: skip
+        return torch.stack(
+            [torch.frombuffer(bytearray(i.tobytes()), dtype=torch.uint8).int() for i in images]
+        )
+
+    made = {"bare model": paint()}
+    for name in ("one", "two"):
+        pipe.load_lora_weights(str(workplace), weight_name=f"{name}.safetensors", adapter_name=name)
+    pipe.set_adapters(["one"], [1.0])
+    made["one.v1 alone"] = paint()
+    pipe.set_adapters(["two"], [0.75])
+    made["two alone"] = paint()
+    pipe.set_adapters(["one", "two"], [1.0, 0.75])
+    made["direct"] = paint()
+    return made
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("steps", 'texts = ["a.txt"]', "texts are for language models"),
+        ("steps", 'scheduler = "UNet2DConditionModel"', "no scheduler 'UNet2DConditionModel'"),
+        ("prompt", "", "give a prompt"),
+        ('file_name = "one', 'file_name = "base"', "is a .safetensors file"),
+        ('file_name = "one', 'file_name = "broken.safetensors"', "truncated"),
+        ('file_name = "one', 'file_name = "foreign.safetensors"', "foreign.safetensors"),
+    ],
+)
+def test_refused_runs(
+    old: str, new: str, message: str, workplace: Path, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    from safetensors.torch import save_file
+
+    whole = (workplace / "one.safetensors").read_bytes()
+    (workplace / "broken.safetensors").write_bytes(whole[:-100])
+    save_file({"unet.nothing.lora_A.weight": torch.ones(1, 2)}, workplace / "foreign.safetensors")
+    text = (workplace / "merge.toml").read_text(encoding="utf-8")
+    lines = [new if line.startswith(old) else line for line in text.splitlines()]
+    file = workplace / "wrong.toml"
+    file.write_text("\n".join(lines), encoding="utf-8")
+    out = tmp_path / "results"
+    assert main(["merge", str(file), "--out", str(out), "--quiet"]) == 1
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert message in captured.err.splitlines()[-1]
+    assert captured.err.splitlines()[-1].startswith("lora-ortho: error: ")
+    assert not out.exists()
