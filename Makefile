@@ -10,7 +10,7 @@ export LORA_ORTHO_REQUIRE_NATIVE ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 NATIVE := $(shell find csrc cmake -type f) CMakeLists.txt
-CHECKED := lora_ortho triton_kernels tests examples benchmarks setup.py
+CHECKED := lora_ortho triton_kernels tests examples benchmarks docs setup.py
 
 comma := ,
 PIP := $(BIN)/python -m pip install --progress-bar off -c requirements-dev.txt
@@ -24,7 +24,7 @@ endef
 MERGING := mergekit immutables fusion-bench hydra-core omegaconf antlr4-python3-runtime bidict \
 	lightning lightning-utilities torchmetrics
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench docs clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/demo.stamp
@@ -36,6 +36,9 @@ test: lint
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check $(wildcard $(CHECKED))
 	$(BIN)/mypy
+
+docs: $(VENV)/dev.stamp
+	$(BIN)/python docs/make_pages.py
 
 bench: $(VENV)/dev.stamp
 	$(BIN)/python -m benchmarks

@@ -95,9 +95,8 @@ def test_every_method_in_one_grid(
 
 def by_diffusers(workplace: Path) -> dict[str, torch.Tensor]:
     """What diffusers and PEFT paint by themselves where there are no masks."""
-    import diffusers
-
-    pipe: Any = diffusers.StableDiffusionPipeline.from_pretrained(workplace / "base")
+    diffusers: Any = pytest.importorskip("diffusers", reason="diffusers is not installed")
+    pipe = diffusers.StableDiffusionPipeline.from_pretrained(workplace / "base")
     pipe.set_progress_bar_config(disable=True)
 
     def paint() -> torch.Tensor:

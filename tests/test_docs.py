@@ -52,10 +52,11 @@ class Block(NamedTuple):
 
 def blocks(page: Path) -> list[Block]:
     text = page.read_text(encoding="utf-8")
-    return [
-        Block(*match.groups(), text[: match.start()].count("\n") + 2)  # type: ignore[arg-type]
-        for match in FENCE.finditer(text)
-    ]
+    found = []
+    for match in FENCE.finditer(text):
+        kind, file, code = match.groups()
+        found.append(Block(kind, file, code, text[: match.start()].count("\n") + 2))
+    return found
 
 
 @pytest.fixture
@@ -145,3 +146,25 @@ def test_links_between_pages_lead_somewhere() -> None:
     for page in DOCS.glob("*.md"):
         for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text(encoding="utf-8")):
             assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def generator() -> Any:
+    spec = importlib.util.spec_from_file_location("make_pages", DOCS / "make_pages.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_generated_pages_are_current() -> None:
+    for name, make in generator().PAGES.items():
+        assert (DOCS / name).read_text(encoding="utf-8") == make(), f"docs/{name}: run `make docs`"
+
+
+def test_every_public_name_is_in_the_api() -> None:
+    headings = re.findall(r"^### (\w+)$", (DOCS / "api.md").read_text("utf-8"), re.MULTILINE)
+    import lora_ortho
+
+    modules = {"backends", "mask_stream"}
+    assert set(lora_ortho.__all__) - modules <= set(headings)

@@ -1,0 +1,191 @@
+"""Writes docs/api.md and docs/adapters_support.md from the code: `make docs`.
+
+The first holds the public docstrings; the second what is supported, refused and skipped, from the
+tables by which the package itself decides.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+DOCS = Path(__file__).resolve().parent
+# Modules in the order of the page, and which of their names are public.
+MODULES: tuple[tuple[str, Sequence[str] | None], ...] = (
+    ("lora_ortho", None),
+    ("lora_ortho.adapters", None),
+    ("lora_ortho.backends", ("available",)),
+    ("lora_ortho.mask_stream", ("draws", "winners", "thresholds", "masks")),
+    ("lora_ortho.diagnostics", None),
+    ("lora_ortho.doctor", ("diagnose", "Diagnosis", "self_check")),
+    ("lora_ortho.plugins.weights", ("fold_into", "merged", "members")),
+)
+_SECTION = re.compile(r"(Args|Attributes|Returns|Raises|Yields):$")
+_WIDTH = 96
+
+
+def api() -> str:
+    """The text of docs/api.md."""
+    lines = [
+        "# API",
+        "",
+        "Generated from the docstrings by `make docs`. The contract of every mask is",
+        "[MASK_STREAM.md](../MASK_STREAM.md).",
+    ]
+    seen: set[int] = set()
+    for name, public in MODULES:
+        module = importlib.import_module(name)
+        objects = [(key, getattr(module, key)) for key in public or sorted(module.__all__)]
+        objects = [
+            (key, item)
+            for key, item in objects
+            if (inspect.isclass(item) or inspect.isfunction(item)) and id(item) not in seen
+        ]
+        seen.update(id(item) for _, item in objects)
+        lines += ["", f"## {name}", "", *_prose(inspect.getdoc(module) or "")]
+        for key, item in objects:
+            lines += _entry(key, item, "###")
+            if inspect.isclass(item):
+                for method, function in _methods(item):
+                    lines += _entry(f"{key}.{method}", function, "####")
+    return "\n".join(lines) + "\n"
+
+
+def _methods(cls: type) -> Iterable[tuple[str, Any]]:
+    """Public methods and properties that the class itself documents."""
+    for name, member in vars(cls).items():
+        function = member.__func__ if isinstance(member, (staticmethod, classmethod)) else member
+        documented = inspect.isfunction(function) or isinstance(function, property)
+        if not name.startswith("_") and documented and function.__doc__:
+            yield name, function
+
+
+def _entry(name: str, item: Any, level: str) -> list[str]:
+    signature = [] if isinstance(item, property) else ["", *_signature(name, item)]
+    return ["", f"{level} {name}", *signature, "", *_prose(inspect.getdoc(item) or "")]
+
+
+def _signature(name: str, item: Any) -> list[str]:
+    """The call, indented as code; a parameter a line where it is long."""
+    if inspect.isclass(item) and issubclass(item, BaseException):
+        return [f"    class {name}({item.__mro__[1].__name__})"]
+    parameters = list(inspect.signature(item).parameters.values())
+    if parameters and parameters[0].name == "self":
+        parameters = parameters[1:]
+    texts: list[str] = []
+    for parameter in parameters:
+        if parameter.kind is parameter.KEYWORD_ONLY and not any(t.startswith("*") for t in texts):
+            texts.append("*")
+        texts.append(_parameter(parameter))
+    returns = inspect.signature(item).return_annotation
+    end = "" if inspect.isclass(item) or returns is inspect.Signature.empty else f" -> {returns}"
+    line = f"    {name}({', '.join(texts)}){end}"
+    if len(line) <= _WIDTH:
+        return [line]
+    return [f"    {name}(", *(f"        {text}," for text in texts), f"    ){end}"]
+
+
+def _parameter(parameter: inspect.Parameter) -> str:
+    stars = {"VAR_POSITIONAL": "*", "VAR_KEYWORD": "**"}.get(parameter.kind.name, "")
+    text = f"{stars}{parameter.name}"
+    if parameter.annotation is not parameter.empty:
+        text += f": {parameter.annotation}"
+    if parameter.default is not parameter.empty:
+        default = parameter.default
+        known = default is None or isinstance(default, (str, int, float, tuple))
+        text += f" = {default!r}" if known else " = ..."
+    return text
+
+
+def _prose(text: str) -> list[str]:
+    """A docstring as markdown: its sections' entries become list items."""
+    lines: list[str] = []
+    section = False
+    for line in text.splitlines():
+        if match := _SECTION.match(line):
+            lines += ["", f"*{match[1]}*", ""] if lines and lines[-1] else [f"*{match[1]}*", ""]
+            section = True
+        elif section and (entry := re.match(r"    (\S[^:]*): (.*)", line)):
+            lines.append(f"- `{entry[1]}`: {entry[2]}")
+        elif section and line.startswith("    "):
+            item = line.strip()
+            is_first = lines and not lines[-1].startswith(("-", "  "))
+            lines.append(f"- {item}" if is_first else f"  {item}")
+        else:
+            section = section and not line
+            lines.append(line)
+    return lines
+
+
+def support() -> str:
+    """The text of docs/adapters_support.md."""
+    from lora_ortho.adapters import peft_config, peft_folder, peft_layers, report, tensor_file
+
+    fused, delta = f"`{report.FUSED}`", f"`{report.DELTA}`"
+    convolution, skipped = f"`{report.CONVOLUTION}`", f"`{report.SKIPPED}`"
+    fields = [
+        *((name, "honoured", "") for name in sorted(peft_config.HONOURED)),
+        *((name, "changes nothing", "") for name in sorted(peft_config.NO_EFFECT)),
+        *((name, "refused unless off", why) for name, why in sorted(peft_config.REFUSED.items())),
+    ]
+    layers = [
+        *(
+            (name, fused if name == "Linear" else delta, _BASES.get(name, "a quantised base"))
+            for name in sorted(peft_layers.LINEAR, key=lambda name: (name != "Linear", name))
+        ),
+        *((name, convolution, "without groups") for name in sorted(peft_layers.CONVOLUTIONS)),
+        *((name, "refused", why) for name, why in sorted(peft_layers.REFUSED_LAYERS.items())),
+        ("any other", "refused", "not known to this package"),
+    ]
+    inits = ", ".join(f"`{name}`" for name in sorted(peft_config.HARMLESS_INITS))
+    dtypes = ", ".join(f"`{name}`" for name in tensor_file.ITEM_BYTES)
+    parts = [
+        "# What is supported, refused and skipped",
+        "Generated by `make docs` from the tables by which the package decides.",
+        "## Layers that `attach` finds",
+        f"By the class of PEFT's layer. What a report calls {fused} is written over what a plain "
+        f"`nn.Linear` gave; {delta} is added to what the base layer gave. What is refused "
+        f'is an error, or with `on_unsupported="skip"` left to PEFT and reported as {skipped}.',
+        _table(("layer of PEFT", "served as", "note"), layers),
+        "Refused besides, whatever the layer: variants of LoRA (DoRA and others, by "
+        "`lora_variant`), merged layers, hooks on the adapter's own layers, convolutions with "
+        "groups.",
+        "## Adapter files",
+        f"Tensors of {dtypes}, each finite; the header is checked before anything is allocated; "
+        "pickles are never loaded; a key that has no place is refused.",
+        _table(
+            ("part of a key", "refused as"),
+            [(f"`{part}`", kind) for part, kind in sorted(peft_folder._FOREIGN.items())],
+        ),
+        "## adapter_config.json",
+        f"A field that is not listed must be off. `init_lora_weights` may be true, false or one of "
+        f"{inits}; others belong to changed base weights.",
+        _table(("field", "is", "why"), [(f"`{name}`", how, why) for name, how, why in fields]),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+_BASES: Mapping[str, str] = {"Linear": "on a plain `nn.Linear`; any other base as `base + delta`"}
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    lines += ["| " + " | ".join(row) + " |" for row in rows]
+    return "\n".join(lines)
+
+
+PAGES = {"api.md": api, "adapters_support.md": support}
+
+
+def main() -> None:
+    """Writes every page."""
+    for name, make in PAGES.items():
+        (DOCS / name).write_text(make(), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
