@@ -1,7 +1,7 @@
-"""``python -m benchmarks`` is ``python -m benchmarks.bench_cpu``."""
+"""``python -m benchmarks``."""
 
 import sys
 
-from benchmarks.bench_cpu import main
+from . import main
 
 sys.exit(main())

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from .device import Device
 
 SEED = 2510_03262
 B_SCALE = 0.02  # standard deviation of lora_B
@@ -52,6 +54,20 @@ CPU_CASES = (
     Case(512, 2048, 2048, 8, 64),
     Case(512, 2048, 2048, 16, 32),
 )
+GPU_CASES = (
+    Case(1, 4096, 4096, 3, 16),
+    Case(16, 4096, 4096, 3, 16),
+    Case(512, 4096, 4096, 3, 16),
+    Case(8192, 4096, 4096, 3, 16),
+    Case(8192, 4096, 14336, 3, 16),
+    Case(4096, 640, 640, 2, 32),
+    Case(1024, 1280, 10240, 2, 32),
+    Case(8192, 4096, 4096, 8, 16),
+    Case(8192, 4096, 4096, 8, 64),
+    Case(8192, 4096, 4096, 16, 32),
+)
+# Sizes at which Triton's interpreter answers in a second: what a rehearsal runs in the GPU's place.
+TINY_CASES = (Case(1, 32, 64, 3, 4), Case(16, 32, 64, 3, 4), Case(24, 32, 128, 2, 8))
 MANY_ADAPTERS = CPU_CASES[9]
 LARGE = CPU_CASES[3]
 ONE_TOKEN = CPU_CASES[0]
@@ -68,6 +84,7 @@ class Inputs:
         lora_A, lora_B: K tensors each, (r, d_in) and (d_out, r): the latter not at their zeros of
             initialisation.
         base, grad: (tokens, d_out), standard normal.
+        seed: of the masks, as the device's users hold it.
     """
 
     case: Case
@@ -76,6 +93,7 @@ class Inputs:
     lora_B: list[Tensor]
     base: Tensor
     grad: Tensor
+    seed: int | Tensor = SEED
 
     @property
     def dtype(self) -> torch.dtype:
@@ -83,12 +101,32 @@ class Inputs:
         return self.x.dtype
 
 
-def make(case: Case, dtype: torch.dtype) -> Inputs:
-    """The tensors of a case, the same at every call."""
+    @property
+    def nbytes(self) -> int:
+        """Of all tensors together."""
+        return sum(t.nbytes for t in (self.x, self.base, self.grad, *self.lora_A, *self.lora_B))
+
+    def copy(self) -> Inputs:
+        """The same values in buffers of their own."""
+        A, B = ([t.clone() for t in factors] for factors in (self.lora_A, self.lora_B))
+        x, base, grad = (t.clone() for t in (self.x, self.base, self.grad))
+        return replace(self, x=x, lora_A=A, lora_B=B, base=base, grad=grad)
+
+    def first_rows(self, count: int) -> Inputs:
+        """The same with fewer tokens; shares its memory."""
+        x, base, grad = self.x[:count], self.base[:count], self.grad[:count]
+        return replace(
+            self, case=self.case._replace(tokens=x.shape[0]), x=x, base=base, grad=grad
+        )
+
+
+def make(case: Case, dtype: torch.dtype, device: Device | None = None) -> Inputs:
+    """The tensors of a case, the same values at every call and on every device."""
     generator = torch.Generator().manual_seed(SEED)
+    place = torch.device("cpu") if device is None else device.torch_device
 
     def normal(rows: int, cols: int, scale: float = 1.0) -> Tensor:
-        return (torch.randn(rows, cols, generator=generator) * scale).to(dtype)
+        return (torch.randn(rows, cols, generator=generator) * scale).to(dtype).to(place)
 
     adapters = range(case.adapters)
     return Inputs(
@@ -98,4 +136,5 @@ def make(case: Case, dtype: torch.dtype) -> Inputs:
         [normal(case.d_out, case.rank, B_SCALE) for _ in adapters],
         normal(case.tokens, case.d_out),
         normal(case.tokens, case.d_out),
+        SEED if device is None else device.seed(SEED),
     )

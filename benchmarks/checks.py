@@ -13,14 +13,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks.cases import SEED, Case, Inputs
 from lora_ortho import mask_stream
 from lora_ortho.reference import merge, merge_gradients
 
+from .cases import SEED, Case, Inputs
+
 # eps of the dtype for a result, in its roundings; float32 sums thousands of terms besides.
-_UNITS = {torch.float32: 8.0, torch.bfloat16: 1.0}
+_UNITS = {torch.float32: 8.0, torch.bfloat16: 1.0, torch.float16: 1.0}
 # Standard deviations by which the shares of random masks may differ from 1/K.
 _SIGMAS = 8.0
+_CPU = torch.device("cpu")
 
 
 class WrongResult(Exception):
@@ -34,18 +36,20 @@ class Masks(NamedTuple):
     gains: Tensor
 
 
-def orthogonal(case: Case) -> Masks:
+def orthogonal(case: Case, place: torch.device = _CPU) -> Masks:
     """Those of the mask stream."""
     limits, keep = mask_stream.thresholds([1 - 1 / case.adapters] * case.adapters, "orthogonal")
     rows, cols = range(case.tokens), range(case.d_out)
-    masks = mask_stream.masks(SEED, rows, cols, limits, "orthogonal")
-    return Masks(masks, 1 / torch.tensor(keep, dtype=torch.float64))
+    seed = mask_stream.seed_tensor(SEED, place)
+    masks = mask_stream.masks(seed, rows, cols, limits, "orthogonal")
+    return Masks(masks, 1 / torch.tensor(keep, dtype=torch.float64, device=place))
 
 
-def everything(case: Case) -> Masks:
+def everything(case: Case, place: torch.device = _CPU) -> Masks:
     """No mask at all, as the direct merge has it."""
-    mask = torch.ones(1, 1, dtype=torch.bool).expand(case.tokens, case.d_out)
-    return Masks([mask] * case.adapters, torch.ones(case.adapters, dtype=torch.float64))
+    mask = torch.ones(1, 1, dtype=torch.bool, device=place).expand(case.tokens, case.d_out)
+    gains = torch.ones(case.adapters, dtype=torch.float64, device=place)
+    return Masks([mask] * case.adapters, gains)
 
 
 def check_forward(
@@ -67,6 +71,18 @@ def check_forward(
         base = x @ weight.double().T
     exact = merge(x, A, B, masks.gains, masks.masks, base)
     _compare("y", y, exact, exact - base, inputs.dtype, roundings)
+
+
+def check_linear(y: Tensor, inputs: Inputs, weight: Tensor) -> None:
+    """Raise WrongResult unless y is x times this weight, (d_out, d_in)."""
+    exact = inputs.x.double() @ weight.double().T
+    _compare("y", y, exact, exact, inputs.dtype)
+
+
+def check_copy(y: Tensor, inputs: Inputs) -> None:
+    """Raise WrongResult unless y is the base output, in memory of its own."""
+    if not torch.equal(y, inputs.base) or y.data_ptr() == inputs.base.data_ptr():
+        raise WrongResult("y is no copy of base")
 
 
 def check_training(found: Sequence[Tensor], inputs: Inputs, masks: Masks, joined: bool) -> None:
@@ -106,6 +122,23 @@ def check_random(y: Tensor, inputs: Inputs) -> None:
     allowed = _SIGMAS * ((3 + count) / base.numel()) ** 0.5
     if float((shares - 1 / count).abs().max()) > allowed:
         raise WrongResult(f"the adapters' shares are {shares.tolist()}, not 1/{count} each")
+
+
+def check_stored(found: Sequence[Tensor], inputs: Inputs, keep: float) -> None:
+    """Raise WrongResult unless y is base plus every adapter's product of the x its mask keeps.
+
+    And each mask must keep its share of the elements.
+    """
+    y, mask = found
+    x, A, B, base = _wide(inputs)
+    exact = base
+    for a, b, kept in zip(A, B, mask.bool(), strict=True):
+        exact = exact + (torch.where(kept, x, 0) / keep) @ a.T @ b.T
+    _compare("y", y, exact, exact - base, inputs.dtype, 4 * len(A) ** 0.5)
+    shares = mask.double().mean((1, 2))
+    allowed = _SIGMAS * (keep * (1 - keep) / x.numel()) ** 0.5
+    if float((shares - keep).abs().max()) > allowed:
+        raise WrongResult(f"the masks keep {shares.tolist()}, not {keep} each")
 
 
 def _wide(inputs: Inputs) -> tuple[Tensor, list[Tensor], list[Tensor], Tensor]:

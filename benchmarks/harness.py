@@ -6,7 +6,7 @@ import gc
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,9 +14,10 @@ from typing import Any
 
 import numpy as np
 
-# Cores that others may keep busy in an undisturbed measurement, and how often one is tried.
+from .device import Stopwatch
+
+# Cores that others may keep busy in an undisturbed measurement.
 DISTURBED = 0.15
-_TRIES = 3
 
 
 @dataclass(frozen=True)
@@ -47,12 +48,14 @@ class Effort:
         seconds: aimed at for one group of contenders, warm-up aside.
         round_seconds: shortest span that is timed at once; short calls repeat to fill it.
         least, most: bounds on the number of rounds.
+        tries: how often at most, where others take the processor.
     """
 
     seconds: float
     round_seconds: float = 0.002
     least: int = 7
     most: int = 400
+    tries: int = 3
 
 
 @dataclass(frozen=True)
@@ -72,33 +75,39 @@ class Times:
         """Time of one contender."""
         return Quartiles.of(self.seconds[name])
 
+    def rounded_others(self) -> float | None:
+        """``others`` as result files hold it."""
+        return None if self.others is None else round(self.others, 3)
+
     def ratio(self, above: str, below: str) -> Quartiles:
         """Time of one contender by that of another, round by round."""
         pairs = zip(self.seconds[above], self.seconds[below], strict=True)
         return Quartiles.of([a / b for a, b in pairs])
 
 
-def measure(calls: Mapping[str, Callable[[], object]], effort: Effort) -> Times:
+def measure(contenders: Mapping[str, Stopwatch], effort: Effort) -> Times:
     """Times contenders side by side; once more, and again, where others took the processor."""
     best: Times | None = None
-    for _ in range(_TRIES):
-        times = _interleave(calls, effort)
+    for left in reversed(range(effort.tries)):
+        times = _interleave(contenders, effort)
         if times.others is None or times.others <= DISTURBED:
             return times
         if best is None or best.others is None or times.others < best.others:
             best = times
-        print(f"  others kept {times.others:.1f} cores busy: once more", file=sys.stderr)
+        if left:
+            print(f"  others kept {times.others:.1f} cores busy: once more", file=sys.stderr)
     assert best is not None
     return best
 
 
-def _interleave(calls: Mapping[str, Callable[[], object]], effort: Effort) -> Times:
+def _interleave(contenders: Mapping[str, Stopwatch], effort: Effort) -> Times:
     """Every round times every contender; the order turns from round to round."""
-    repeats = {}
-    for name, call in calls.items():
-        _time(call, 2)
-        repeats[name] = max(1, round(effort.round_seconds / _time(call, 1)))
-    order = list(calls)
+    rotations = {}
+    for name, stopwatch in contenders.items():
+        stopwatch(1 if stopwatch.sets > 1 else 2)
+        span = stopwatch(1) * stopwatch.sets
+        rotations[name] = max(1, round(effort.round_seconds / span))
+    order = list(contenders)
     seconds: dict[str, list[float]] = {name: [] for name in order}
     with _no_collection():
         load, start, rounds = _Load(), time.perf_counter(), 0
@@ -106,7 +115,7 @@ def _interleave(calls: Mapping[str, Callable[[], object]], effort: Effort) -> Ti
             rounds < effort.most and time.perf_counter() - start < effort.seconds
         ):
             for name in order:
-                seconds[name].append(_time(calls[name], repeats[name]))
+                seconds[name].append(contenders[name](rotations[name]))
             order = order[::-1] if rounds % 2 else order[1:] + order[:1]
             rounds += 1
         return Times(seconds, load.others())
@@ -135,13 +144,6 @@ def _busy_seconds() -> float | None:
         return None
     user, nice, system, _idle, _wait, irq, soft, steal = map(int, fields)
     return (user + nice + system + irq + soft + steal) / os.sysconf("SC_CLK_TCK")
-
-
-def _time(call: Callable[[], object], repeats: int) -> float:
-    start = time.perf_counter()
-    for _ in range(repeats):
-        call()
-    return (time.perf_counter() - start) / repeats
 
 
 @contextmanager

@@ -1,8 +1,9 @@
-"""Peak memory of one call beyond its inputs, its output and s: a fresh process for each case.
+"""Peak memory of one call beyond its inputs, its output and s.
 
-The kernel's own count (VmHWM), so that it holds whatever any library allocates. In that process
-every allocation of 64 KiB or more is a mapping of its own that is given back when freed, and no
-huge page rounds it up: nothing can hide in memory that was free before.
+On a processor: a fresh process for each case and the kernel's own count (VmHWM), so that it holds
+whatever any library allocates. In that process every allocation of 64 KiB or more is a mapping of
+its own that is given back when freed, and no huge page rounds it up: nothing can hide in memory
+that was free before. On a GPU: the most that torch's allocator had handed out.
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ from typing import Any
 
 import torch
 
-import lora_ortho
-from benchmarks import peers
-from benchmarks.cases import DTYPES, SEED, Case, Inputs, make
+from . import peers
+from .cases import DTYPES, Case, Inputs, make
+from .device import Device
 
 _ENVIRONMENT = {
     "MALLOC_MMAP_THRESHOLD_": "65536",
@@ -28,7 +29,6 @@ _ENVIRONMENT = {
     "MALLOC_TOP_PAD_": "0",
 }
 _FORWARDS: dict[str, Callable[[Inputs], peers.Forward]] = {
-    "ours": peers.ours,
     "direct": peers.direct,
     "paper": peers.paper,
     "categorical": peers.categorical,
@@ -41,20 +41,48 @@ def unavailable() -> str | None:
     return None if Path("/proc/self/clear_refs").exists() else "needs Linux's /proc/self/clear_refs"
 
 
-def extra(case: Case, dtype: str, contender: str) -> dict[str, int]:
+def extra(case: Case, dtype: str, contender: str, backend: str) -> dict[str, int]:
     """Bytes beyond inputs, output and s, in "forward" and, for ours and direct, "backward".
 
     Raises:
         RuntimeError: the process that measures failed.
     """
-    command = [sys.executable, "-m", "benchmarks.memory", str(case), dtype, contender]
+    command = [sys.executable, "-m", f"{__package__}.memory", str(case), dtype, contender, backend]
     done = subprocess.run(
-        command, env=os.environ | _ENVIRONMENT, capture_output=True, text=True, check=False
+        command, env=_environment(), capture_output=True, text=True, check=False
     )
     if done.returncode != 0:
         raise RuntimeError(f"{' '.join(command)} failed: {done.stderr.strip()}")
     found: dict[str, int] = json.loads(done.stdout)
     return found
+
+
+def _environment() -> dict[str, str]:
+    """This process's, with the folder of this package where Python looks for packages."""
+    above = Path(__file__).resolve().parents[(__package__ or "").count(".") + 1]
+    paths = [str(above), os.environ.get("PYTHONPATH", "")]
+    return os.environ | _ENVIRONMENT | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
+
+
+def on_gpu(inputs: Inputs, contender: str, backend: str, device: Device) -> dict[str, int]:
+    """As :func:`extra`, by the allocator's own count in this process."""
+    found = {}
+    call = _forward_call(inputs, contender, backend)
+    with torch.no_grad():
+        peak = device.peak(call)
+    if peak is not None:
+        found["forward"] = max(0, peak - _s_bytes(inputs))
+    if contender in ("ours", "direct"):
+        backward, _ = _backward_call(inputs, contender, backend)
+        peak = device.peak(backward)
+        if peak is not None:
+            found["backward"] = max(0, peak)
+    return found
+
+
+def _s_bytes(inputs: Inputs) -> int:
+    case = inputs.case
+    return inputs.x.element_size() * case.tokens * case.adapters * case.rank
 
 
 def _status(name: str) -> int:
@@ -73,47 +101,53 @@ def _peak(call: Callable[[], Any]) -> tuple[int, Any]:
     return _status("VmHWM") - before, result
 
 
-def _forward(inputs: Inputs, contender: str) -> int:
-    call = _FORWARDS[contender](inputs)
+def _forward_call(inputs: Inputs, contender: str, backend: str) -> peers.Forward:
+    if contender == "ours":
+        return peers.ours(inputs, backend)
+    return _FORWARDS[contender](inputs)
+
+
+def _backward_call(
+    inputs: Inputs, contender: str, backend: str
+) -> tuple[Callable[[], list[torch.Tensor]], torch.Tensor]:
+    """The backward pass of a forward pass that was done, as a call; and its output."""
+    y, leaves = peers.recorded(inputs, contender, backend)
+
+    def call() -> list[torch.Tensor]:
+        found = torch.autograd.grad(y, leaves, inputs.grad, retain_graph=True)
+        return [t for t in found if t.data_ptr() != inputs.grad.data_ptr()]
+
+    return call, y
+
+
+def _forward(inputs: Inputs, contender: str, backend: str) -> int:
+    call = _forward_call(inputs, contender, backend)
     with torch.no_grad():
         peak, y = _peak(call)
-    case = inputs.case
-    s_bytes = int(y.element_size()) * case.tokens * case.adapters * case.rank
-    return peak - int(y.nbytes) - s_bytes
+    return peak - int(y.nbytes) - _s_bytes(inputs)
 
 
-def _backward(inputs: Inputs, contender: str) -> int:
-    if contender == "direct":
-        A, B = torch.cat(inputs.lora_A), torch.cat(inputs.lora_B, 1)
-        leaves = [t.detach().requires_grad_() for t in (inputs.x, inputs.base, A, B)]
-        y = torch.addmm(leaves[1], leaves[0] @ leaves[2].T, leaves[3].T)
-    else:
-        tensors = (inputs.x, inputs.base, *inputs.lora_A, *inputs.lora_B)
-        leaves = [t.detach().requires_grad_() for t in tensors]
-        half = len(inputs.lora_A)
-        y = lora_ortho.fused_ortho_lora(
-            leaves[0], leaves[2 : 2 + half], leaves[2 + half :], base=leaves[1], seed=SEED,
-            backend="cpu",
-        )  # fmt: skip
-    peak, found = _peak(lambda: torch.autograd.grad(y, leaves, inputs.grad, retain_graph=True))
-    made = (t for t in found if t.data_ptr() != inputs.grad.data_ptr())
-    return peak - sum(int(t.nbytes) for t in made)
+def _backward(inputs: Inputs, contender: str, backend: str) -> int:
+    call, _ = _backward_call(inputs, contender, backend)
+    peak, found = _peak(call)
+    return peak - sum(int(t.nbytes) for t in found)
 
 
 def _main() -> None:
     ctypes.CDLL(None).prctl(_PR_SET_THP_DISABLE, 1, 0, 0, 0)
-    case, dtype, contender = Case.parse(sys.argv[1]), DTYPES[sys.argv[2]], sys.argv[3]
+    case, dtype, *whose = Case.parse(sys.argv[1]), DTYPES[sys.argv[2]], *sys.argv[3:]
+    contender, backend = whose
     inputs = make(case, dtype)
     # Loads the code and starts the threads, on sizes too small to leave room for the real ones.
     small = make(case._replace(tokens=16, d_in=128, d_out=128), dtype)
-    _forward(small, contender)
+    _forward(small, contender, backend)
     found = {}
     trains = contender in ("ours", "direct")
     if trains:
-        _backward(small, contender)
-    found["forward"] = _forward(inputs, contender)
+        _backward(small, contender, backend)
+    found["forward"] = _forward(inputs, contender, backend)
     if trains:
-        found["backward"] = _backward(inputs, contender)
+        found["backward"] = _backward(inputs, contender, backend)
     print(json.dumps(found))
 
 

@@ -8,25 +8,33 @@ returns y and its gradients in x, base, lora_A and lora_B (for direct: in the jo
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.util
+import inspect
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 import lora_ortho
-from benchmarks.cases import SEED, Inputs
 from lora_ortho.packing import PackedAdapters
+from lora_ortho.problem import Place
+
+from .cases import SEED, Inputs
 
 Forward = Callable[[], Tensor]
 Training = Callable[[], tuple[Tensor, ...]]
 
 
-def ours(inputs: Inputs) -> Forward:
-    """The prepared orthogonal merge: factors packed once."""
-    prepared = PackedAdapters(inputs.lora_A, inputs.lora_B, inputs.dtype, backend="cpu")
-    x, base = inputs.x, inputs.base
-    return lambda: prepared.apply(x, base, SEED)
+def ours(inputs: Inputs, backend: str, samples: int = 1) -> Forward:
+    """The prepared orthogonal merge, factors packed once; the last of so many samples."""
+    prepared = PackedAdapters(inputs.lora_A, inputs.lora_B, inputs.dtype, backend=backend)
+    x, base, seed = inputs.x, inputs.base, inputs.seed
+    if samples == 1:
+        return lambda: prepared.apply(x, base, seed)
+    places = [Place(sample=sample) for sample in reversed(range(samples))]
+    return lambda: [prepared.apply(x, base, seed, place) for place in places][-1]
 
 
 def direct(inputs: Inputs) -> Forward:
@@ -34,7 +42,7 @@ def direct(inputs: Inputs) -> Forward:
     A = torch.cat(inputs.lora_A)  # (sum r, d_in)
     B = torch.cat(inputs.lora_B, 1)  # (d_out, sum r)
     x, base = inputs.x, inputs.base
-    return lambda: torch.addmm(base, x @ A.T, B.T)
+    return lambda: _direct(x, base, A, B)
 
 
 def _chances(adapters: int) -> list[float]:
@@ -82,7 +90,6 @@ def categorical(inputs: Inputs) -> Forward:
 
 def compiled(inputs: Inputs) -> Forward:
     """The same under torch.compile."""
-    torch._dynamo.reset()
     function = torch.compile(categorical_merge, fullgraph=True, dynamic=False)
     return functools.partial(function, inputs.x, inputs.lora_A, inputs.lora_B, inputs.base)
 
@@ -92,21 +99,26 @@ def plain_linear(inputs: Inputs) -> torch.nn.Linear:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
         layer = torch.nn.Linear(inputs.case.d_in, inputs.case.d_out, bias=False)
-    return layer.to(inputs.dtype).requires_grad_(False)
+    return layer.to(inputs.dtype).to(inputs.x.device).requires_grad_(False)
 
 
-def our_layer(inputs: Inputs) -> Forward:
+def linear(inputs: Inputs) -> Forward:
+    """The layer that is adapted, without any adapter."""
+    return functools.partial(plain_linear(inputs), inputs.x)
+
+
+def our_layer(inputs: Inputs, backend: str) -> Forward:
     """FusedOrthoLoRALinear with K adapters, the base layer included."""
     adapters = [lora_ortho.Adapter(A, B) for A, B in zip(inputs.lora_A, inputs.lora_B, strict=True)]
     layer = lora_ortho.FusedOrthoLoRALinear(
-        plain_linear(inputs), adapters, seed=SEED, backend="cpu"
+        plain_linear(inputs), adapters, seed=SEED, backend=backend
     )
     return functools.partial(layer, inputs.x)
 
 
-def peft_missing() -> str | None:
-    """Why the next contender cannot run; None where it can."""
-    return None if importlib.util.find_spec("peft") else "peft is not installed"
+def missing(package: str) -> str | None:
+    """Why contenders of a package cannot run; None where it is installed."""
+    return None if importlib.util.find_spec(package) else f"{package} is not installed"
 
 
 def peft_layer(inputs: Inputs) -> Forward:
@@ -129,15 +141,38 @@ def peft_layer(inputs: Inputs) -> Forward:
     return functools.partial(layer, inputs.x)
 
 
-def ours_training(inputs: Inputs) -> Training:
-    """The public op and its gradients; factors unchanged since the last call."""
-    x, base, *factors = _leaves(inputs.x, inputs.base, *inputs.lora_A, *inputs.lora_B)
+def recorded(inputs: Inputs, contender: str, backend: str) -> tuple[Tensor, list[Tensor]]:
+    """y of ours or of direct with its graph, and what it can be differentiated in.
+
+    That is x, base, and the factors one by one (ours) or joined (direct).
+    """
+    if contender == "direct":
+        joined = torch.cat(inputs.lora_A), torch.cat(inputs.lora_B, 1)
+        leaves = _leaves(inputs.x, inputs.base, *joined)
+        return _direct(*leaves), leaves
+    leaves = _leaves(inputs.x, inputs.base, *inputs.lora_A, *inputs.lora_B)
+    return _merged(inputs, leaves, backend), leaves
+
+
+def _merged(inputs: Inputs, leaves: Sequence[Tensor], backend: str) -> Tensor:
+    x, base, *factors = leaves
     half = len(factors) // 2
-    lora_A, lora_B = factors[:half], factors[half:]
+    return lora_ortho.fused_ortho_lora(
+        x, factors[:half], factors[half:], base=base, seed=inputs.seed, backend=backend
+    )
+
+
+def _direct(x: Tensor, base: Tensor, A: Tensor, B: Tensor) -> Tensor:
+    return torch.addmm(base, x @ A.T, B.T)
+
+
+def ours_training(inputs: Inputs, backend: str) -> Training:
+    """The public op and its gradients; factors unchanged since the last call."""
+    leaves = _leaves(inputs.x, inputs.base, *inputs.lora_A, *inputs.lora_B)
 
     def call() -> tuple[Tensor, ...]:
-        y = lora_ortho.fused_ortho_lora(x, lora_A, lora_B, base=base, seed=SEED, backend="cpu")
-        return y, *torch.autograd.grad(y, (x, base, *factors), inputs.grad)
+        y = _merged(inputs, leaves, backend)
+        return y, *torch.autograd.grad(y, leaves, inputs.grad)
 
     return call
 
@@ -145,10 +180,9 @@ def ours_training(inputs: Inputs) -> Training:
 def direct_training(inputs: Inputs) -> Training:
     """torch's direct merge and its gradients in the joined factors."""
     leaves = _leaves(inputs.x, inputs.base, torch.cat(inputs.lora_A), torch.cat(inputs.lora_B, 1))
-    x, base, A, B = leaves
 
     def call() -> tuple[Tensor, ...]:
-        y = torch.addmm(base, x @ A.T, B.T)
+        y = _direct(*leaves)
         return y, *torch.autograd.grad(y, leaves, inputs.grad)
 
     return call
@@ -156,3 +190,27 @@ def direct_training(inputs: Inputs) -> Training:
 
 def _leaves(*tensors: Tensor) -> list[Tensor]:
     return [tensor.detach().requires_grad_() for tensor in tensors]
+
+
+def vllm(inputs: Inputs) -> Forward:
+    """vLLM's LoRA kernels: shrink, then expand added to the base; one adapter of rank K r.
+
+    They give each token one adapter, so K on every token are one adapter of joined factors: a
+    direct merge. Adding in place, expand writes over its output; the base is copied for it.
+    """
+    ops: Any = importlib.import_module("vllm.lora.ops.triton_ops")
+    A, B = torch.cat(inputs.lora_A)[None], torch.cat(inputs.lora_B, 1)[None]
+    x, base, tokens = inputs.x, inputs.base, inputs.case.tokens
+    meta = ops.LoRAKernelMeta.make(1, tokens, device=x.device)
+    meta.prepare_tensors(torch.zeros(tokens, dtype=torch.int32, device=x.device))
+    wants = inspect.signature(meta.meta_args).parameters  # newer versions ask one thing more
+    arguments = meta.meta_args(tokens, *[False] * (len(wants) - 1))
+
+    def call() -> Tensor:
+        s = torch.empty(1, tokens, A.shape[1], dtype=torch.float32, device=x.device)
+        y = base.clone()
+        ops.lora_shrink(x, [A], s, *arguments, 1.0)
+        ops.lora_expand(s, [B], y, *arguments, offset_start=0, add_inputs=True)
+        return y
+
+    return call

@@ -8,11 +8,18 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from benchmarks import machine
+from . import machine
+from .device import Device
 
-SCHEMA = 1
+SCHEMA = 2
 RESULTS = Path(__file__).resolve().parent / "results"
-SECTIONS = ("forward", "backward", "peers", "layer", "memory", "threads", "overhead")
+# The first seven are all that schema 1 had; its rows name no backend and are of "cpu".
+SECTIONS = (
+    "forward", "backward", "peers", "layer", "memory", "threads", "overhead",
+    "ceilings", "expand", "scaling", "samples", "model",
+)  # fmt: skip
+_OLD_SECTIONS = SECTIONS[:7]
+_KEY = ("case", "dtype", "backend", "contender", "axis", "at")
 
 Row = dict[str, Any]
 Result = dict[str, Any]
@@ -22,12 +29,12 @@ class ResultError(Exception):
     """A result file that cannot be used; the message names it and says why."""
 
 
-def empty() -> Result:
+def empty(device: Device | None = None) -> Result:
     """A result of this machine without rows."""
     return {
         "schema": SCHEMA,
-        "kind": machine.kind(),
-        "machine": machine.machine(),
+        "kind": machine.kind(device),
+        "machine": machine.machine(device),
         "versions": machine.versions(),
         **{section: [] for section in SECTIONS},
     }
@@ -40,19 +47,28 @@ def load(path: Path) -> Result:
         ResultError: it cannot be read, is no such file, or has another schema.
     """
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found: Any = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ResultError(f"{path}: {error}") from error
-    if not isinstance(found, dict) or found.get("schema") != SCHEMA:
-        raise ResultError(f"{path}: not a benchmark result of schema {SCHEMA}")
-    missing = [name for name in ("kind", "machine", "versions", *SECTIONS) if name not in found]
+    if not isinstance(found, dict) or found.get("schema") not in (1, SCHEMA):
+        raise ResultError(f"{path}: not a benchmark result of schema 1 or {SCHEMA}")
+    wanted = _OLD_SECTIONS if found["schema"] == 1 else SECTIONS
+    missing = [name for name in ("kind", "machine", "versions", *wanted) if name not in found]
     if missing:
         raise ResultError(f"{path}: lacks {', '.join(missing)}")
-    return found
+    if found["schema"] == 1:
+        return _from_schema_1(found)
+    return dict(found)
+
+
+def _from_schema_1(found: Result) -> Result:
+    rows = {name: [{"backend": "cpu", **row} for row in found[name]] for name in _OLD_SECTIONS}
+    return {**found, "schema": SCHEMA, **{name: [] for name in SECTIONS}, **rows}
 
 
 def save(result: Result, path: Path) -> None:
     """Write a result file, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
@@ -65,7 +81,7 @@ def save(result: Result, path: Path) -> None:
 
 
 def join(old: Result, new: Result) -> Result:
-    """The rows of both; those of ``new`` replace those of ``old`` for the same case and dtype.
+    """The rows of both; those of ``new`` replace the same ones of ``old``.
 
     Raises:
         ResultError: they are of different machines or versions.
@@ -75,14 +91,15 @@ def join(old: Result, new: Result) -> Result:
             raise ResultError(f"the results differ in {name}: {old[name]} and {new[name]}")
     joined = dict(new)
     for section in SECTIONS:
-        fresh = {_key(row): row for row in new[section]}
-        kept = [fresh.pop(_key(row), row) for row in old[section]]
+        fresh = {key(row): row for row in new[section]}
+        kept = [fresh.pop(key(row), row) for row in old[section]]
         joined[section] = kept + list(fresh.values())
     return joined
 
 
-def _key(row: Row) -> tuple[str, ...]:
-    return tuple(str(row.get(name)) for name in ("case", "dtype", "contender"))
+def key(row: Row) -> tuple[str, ...]:
+    """What tells the rows of a section apart."""
+    return tuple(str(row.get(name)) for name in _KEY)
 
 
 def _text(result: Result) -> str:

@@ -3,98 +3,168 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 import lora_ortho
-from benchmarks import checks, memory, peers
-from benchmarks.cases import DTYPES, SEED, Case, Inputs, make
-from benchmarks.checks import WrongResult
-from benchmarks.harness import Effort, Times, measure
-from benchmarks.record import Row
-from lora_ortho.backends import cpu
+from lora_ortho import backends
 from lora_ortho.mask_stream import thresholds
 from lora_ortho.packing import PackedAdapters
 from lora_ortho.problem import Problem
 
+from . import checks, floors, memory, peers
+from .cases import DTYPES, SEED, Case, Inputs, make
+from .checks import WrongResult
+from .device import Call, Device, device_of
+from .harness import Effort, Times, measure
+from .record import Row
+from .scaling import AXES, THREADS_CASE, thread_counts
+
 _ROWS_OF_PEERS = 128  # so many rows of a slow peer's result are checked
+_SAMPLES = 4
 
 Check = Callable[[Any], None]
-Contender = tuple[Callable[[], Any], Check]
+Contender = tuple[Callable[[Inputs], Call], Check]
+Pairs = Sequence[tuple[str, str]]
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Whose kernels are measured, and where.
+
+    Attributes:
+        backend: of lora_ortho.
+        device: where its tensors lie.
+        compiled: whether torch.compile's contender is run.
+    """
+
+    backend: str
+    device: Device
+    compiled: bool = True
+
+    @staticmethod
+    def of(backend: str, compiled: bool = True) -> Bench:
+        """On this machine's device for a backend."""
+        return Bench(backend, device_of(backend), compiled)
+
+    def ours(self, inputs: Inputs) -> peers.Forward:
+        """See ``peers.ours``."""
+        return peers.ours(inputs, self.backend)
+
+    def inputs(self, case: Case, dtype: str) -> Inputs:
+        """The tensors of a case on the device."""
+        return _inputs(case, dtype, self.device)
+
+    def masks(self, case: Case) -> checks.Masks:
+        """Ours."""
+        return _orthogonal(case, self.device)
+
+    def everything(self, case: Case) -> checks.Masks:
+        """Those of the direct merge."""
+        return checks.everything(case, self.device.torch_device)
 
 
 @functools.lru_cache(maxsize=2)
-def _inputs(case: Case, dtype: str) -> Inputs:
-    return make(case, DTYPES[dtype])
+def _inputs(case: Case, dtype: str, device: Device) -> Inputs:
+    return make(case, DTYPES[dtype], device)
 
 
 @functools.lru_cache(maxsize=2)
-def _orthogonal(case: Case) -> checks.Masks:
-    return checks.orthogonal(case)
+def _orthogonal(case: Case, device: Device) -> checks.Masks:
+    return checks.orthogonal(case, device.torch_device)
 
 
-def forward(case: Case, dtype: str, effort: Effort) -> Row:
+def forward(bench: Bench, case: Case, dtype: str, effort: Effort) -> Row:
     """Ours beside direct."""
-    inputs = _inputs(case, dtype)
-    masks, everything = _orthogonal(case), checks.everything(case)
+    inputs = bench.inputs(case, dtype)
+    masks, everything = bench.masks(case), bench.everything(case)
     contenders: dict[str, Contender] = {
-        "ours": (peers.ours(inputs), lambda y: checks.check_forward(y, inputs, masks)),
-        "direct": (peers.direct(inputs), lambda y: checks.check_forward(y, inputs, everything)),
+        "ours": (bench.ours, lambda y: checks.check_forward(y, inputs, masks)),
+        "direct": (peers.direct, lambda y: checks.check_forward(y, inputs, everything)),
     }
     with torch.no_grad():
-        return _row(case, dtype, contenders, effort, [("ours", "direct")])
+        row = compare(bench, inputs, contenders, effort, [("ours", "direct")])
+    return row | floors.forward(case, dtype)._asdict()
 
 
-def backward(case: Case, dtype: str, effort: Effort) -> Row:
+def backward(bench: Bench, case: Case, dtype: str, effort: Effort) -> Row:
     """Forward and backward, ours beside direct."""
-    inputs = _inputs(case, dtype)
-    masks, everything = _orthogonal(case), checks.everything(case)
+    inputs = bench.inputs(case, dtype)
+    masks, everything = bench.masks(case), bench.everything(case)
     contenders: dict[str, Contender] = {
         "ours": (
-            peers.ours_training(inputs),
+            lambda inputs: peers.ours_training(inputs, bench.backend),
             lambda found: checks.check_training(found, inputs, masks, joined=False),
         ),
         "direct": (
-            peers.direct_training(inputs),
+            peers.direct_training,
             lambda found: checks.check_training(found, inputs, everything, joined=True),
         ),
     }
-    return _row(case, dtype, contenders, effort, [("ours", "direct")])
+    row = compare(bench, inputs, contenders, effort, [("ours", "direct")])
+    return row | floors.backward(case, dtype)._asdict()
 
 
-def slow_peers(case: Case, dtype: str, effort: Effort, compiled: bool) -> Row:
-    """The other ways to random disjoint masks, beside ours."""
-    inputs, masks = _inputs(case, dtype), _orthogonal(case)
-    some = _first_rows(inputs)
+def slow_peers(bench: Bench, case: Case, dtype: str, effort: Effort) -> Row:
+    """The other ways to random masks, beside ours; on a GPU also vLLM's LoRA kernels."""
+    inputs, masks = bench.inputs(case, dtype), bench.masks(case)
+    some = inputs.first_rows(_ROWS_OF_PEERS)
 
     def random(y: Tensor) -> None:
         checks.check_random(y[:_ROWS_OF_PEERS], some)
 
     contenders: dict[str, Contender] = {
-        "ours": (peers.ours(inputs), lambda y: checks.check_forward(y, inputs, masks)),
-        "paper": (peers.paper(inputs), random),
-        "categorical": (peers.categorical(inputs), random),
+        "ours": (bench.ours, lambda y: checks.check_forward(y, inputs, masks)),
+        "paper": (peers.paper, random),
+        "categorical": (peers.categorical, random),
     }
-    if compiled:
-        contenders["compiled"] = (peers.compiled(inputs), random)
+    refused: dict[str, str] = {}
+    if bench.compiled:
+        torch._dynamo.reset()
+        contenders["compiled"] = (peers.compiled, random)
+    if bench.device.label != "cpu":
+        contenders |= _gpu_peers(bench, inputs, refused)
     with torch.no_grad():
         torch.manual_seed(SEED)
         pairs = [(name, "ours") for name in contenders if name != "ours"]
-        return _row(case, dtype, contenders, effort, pairs)
+        row = compare(bench, inputs, contenders, effort, pairs)
+    row["refused"] |= refused
+    return row
 
 
-def layer(case: Case, dtype: str, effort: Effort) -> Row:
-    """PEFT's adapted layer beside ours, the base layer's product included in both."""
-    missing = peers.peft_missing()
-    if missing is not None:
-        return {"case": str(case), "dtype": dtype, "refused": {"peft": missing}}
-    inputs = _inputs(case, dtype)
-    some, weight = _first_rows(inputs), peers.plain_linear(inputs).weight
+def _gpu_peers(bench: Bench, inputs: Inputs, refused: dict[str, str]) -> dict[str, Contender]:
+    """Peers that exist on a GPU only; why one does not is put into ``refused``."""
+    contenders: dict[str, Contender] = {}
+    missing = peers.missing("triton")
+    if missing is None:
+        from .stored_mask import KEEP, stored_mask
+
+        contenders["stored mask"] = (
+            stored_mask, lambda found: checks.check_stored(found, inputs, KEEP),
+        )  # fmt: skip
+    else:
+        refused["stored mask"] = missing
+    missing = peers.missing("vllm")
+    if missing is None:
+        everything = bench.everything(inputs.case)
+        contenders["vllm"] = (
+            peers.vllm, lambda y: checks.check_forward(y, inputs, everything, roundings=4),
+        )  # fmt: skip
+    else:
+        refused["vllm"] = missing
+    return contenders
+
+
+def layer(bench: Bench, case: Case, dtype: str, effort: Effort) -> Row:
+    """Whole layers: ours and PEFT's adapted ones beside the plain one."""
+    inputs = bench.inputs(case, dtype)
+    some, weight = inputs.first_rows(_ROWS_OF_PEERS), peers.plain_linear(inputs).weight
     rows = slice(0, _ROWS_OF_PEERS)
-    masks, everything = _orthogonal(case), checks.everything(some.case)
+    masks, everything = bench.masks(case), bench.everything(some.case)
     first = checks.Masks([mask[rows] for mask in masks.masks], masks.gains)
     roundings = 4.0 * case.adapters**0.5  # the base product rounds too, and PEFT at every adapter
 
@@ -102,115 +172,234 @@ def layer(case: Case, dtype: str, effort: Effort) -> Row:
         return lambda y: checks.check_forward(y[rows], some, wanted, weight, roundings=roundings)
 
     contenders: dict[str, Contender] = {
-        "ours": (peers.our_layer(inputs), checker(first)),
-        "peft": (peers.peft_layer(inputs), checker(everything)),
+        "ours": (lambda inputs: peers.our_layer(inputs, bench.backend), checker(first)),
+        "linear": (peers.linear, lambda y: checks.check_linear(y[rows], some, weight)),
+    }
+    missing = peers.missing("peft")
+    if missing is None:
+        contenders["peft"] = (peers.peft_layer, checker(everything))
+    with torch.no_grad():
+        row = compare(bench, inputs, contenders, effort, [("peft", "ours"), ("ours", "linear")])
+    if missing is not None:
+        row["refused"]["peft"] = missing
+    return row
+
+
+def expand(bench: Bench, case: Case, dtype: str, effort: Effort) -> Row:
+    """Draw, expand and add, as far as a backend shows that step: d_in is its least, one rank.
+
+    The shrink that remains reads tokens x rank numbers; its launch is in the time.
+    """
+    narrow = case._replace(d_in=case.rank)
+    inputs, masks = bench.inputs(narrow, dtype), bench.masks(narrow)
+    contenders: dict[str, Contender] = {
+        "ours": (bench.ours, lambda y: checks.check_forward(y, inputs, masks)),
+        "copy": (lambda inputs: inputs.base.clone, lambda y: checks.check_copy(y, inputs)),
     }
     with torch.no_grad():
-        return _row(case, dtype, contenders, effort, [("peft", "ours")])
+        row = compare(bench, inputs, contenders, effort, [("ours", "copy")])
+    return row | {"case": str(case)} | floors.expand(case, dtype)._asdict()
 
 
-def threads(case: Case, dtype: str, effort: Effort) -> Row:
+def threads(bench: Bench, case: Case, dtype: str, effort: Effort) -> Row:
     """Ours and direct on one core beside all: how many times faster."""
-    inputs, count = _inputs(case, dtype), torch.get_num_threads()
-
-    def with_threads(number: int, call: Callable[[], Any]) -> Callable[[], Any]:
-        def run() -> Any:
-            torch.set_num_threads(number)
-            return call()
-
-        return run
-
-    row: Row = {"case": str(case), "dtype": dtype, "threads": count, "speedup": {}}
+    inputs, count = bench.inputs(case, dtype), torch.get_num_threads()
+    row = _head(bench, case, dtype) | {"threads": count, "speedup": {}}
     try:
         with torch.no_grad():
-            for name, make_call in (("ours", peers.ours), ("direct", peers.direct)):
+            for name, make_call in (("ours", bench.ours), ("direct", peers.direct)):
                 call = make_call(inputs)
-                times = measure(
-                    {"one": with_threads(1, call), "all": with_threads(count, call)}, effort
-                )
+                calls = {"one": _with_threads(1, call), "all": _with_threads(count, call)}
+                times = _time(bench, calls, effort)
                 row["speedup"][name] = times.ratio("one", "all").json()
     finally:
         torch.set_num_threads(count)
     return row
 
 
-def overhead(case: Case, dtype: str, effort: Effort) -> Row:
+def _with_threads(number: int, call: Call) -> Call:
+    def run() -> Any:
+        torch.set_num_threads(number)
+        return call()
+
+    return run
+
+
+def scaling(bench: Bench, case: Case, dtype: str, effort: Effort, name: str) -> Row:
+    """One point of an axis; paper beside the others where its time is of interest, in K."""
+    inputs, masks = bench.inputs(case, dtype), bench.masks(case)
+    some = inputs.first_rows(_ROWS_OF_PEERS)
+    contenders: dict[str, Contender] = {
+        "ours": (bench.ours, lambda y: checks.check_forward(y, inputs, masks)),
+        "direct": (
+            peers.direct, lambda y: checks.check_forward(y, inputs, bench.everything(case)),
+        ),
+    }  # fmt: skip
+    if name == "K":
+        contenders["paper"] = (
+            peers.paper, lambda y: checks.check_random(y[:_ROWS_OF_PEERS], some),
+        )  # fmt: skip
+    with torch.no_grad():
+        row = compare(bench, inputs, contenders, effort, [("ours", "direct")])
+    return row | {"axis": name, "at": AXES[name].at(case)}
+
+
+def threads_scaling(bench: Bench, dtype: str, effort: Effort) -> list[Row]:
+    """The axis of threads: a row for each number of them."""
+    inputs, most = bench.inputs(THREADS_CASE, dtype), torch.get_num_threads()
+    call, rows = bench.ours(inputs), []
+    counts = thread_counts(most)
+    try:
+        with torch.no_grad():
+            checks.check_forward(call(), inputs, bench.masks(THREADS_CASE))
+            calls = {str(count): _with_threads(count, call) for count in counts}
+            times = _time(bench, calls, effort)
+    finally:
+        torch.set_num_threads(most)
+    for count in counts:
+        seconds = {"ours": times.of(str(count)).json()}
+        row = _head(bench, THREADS_CASE, dtype) | {"axis": "threads", "at": count}
+        rows.append(row | {"seconds": seconds, "others": times.rounded_others()})
+    return rows
+
+
+def samples(bench: Bench, case: Case, dtype: str, effort: Effort) -> Row:
+    """What one Monte Carlo sample more costs, beside the layer's own product.
+
+    Of ours by the difference between four samples and one, shared out; the others draw anew
+    whatever they do, so one more costs them one more call.
+    """
+    inputs, masks = bench.inputs(case, dtype), bench.masks(case)
+    some, weight = inputs.first_rows(_ROWS_OF_PEERS), peers.plain_linear(inputs).weight
+
+    def checked(y: Tensor) -> None:
+        checks.check_forward(y, inputs, masks)
+
+    contenders: dict[str, Contender] = {
+        "one": (bench.ours, checked),
+        "several": (lambda inputs: peers.ours(inputs, bench.backend, _SAMPLES), checked),
+        "paper": (peers.paper, lambda y: checks.check_random(y[:_ROWS_OF_PEERS], some)),
+        "linear": (
+            peers.linear, lambda y: checks.check_linear(y[:_ROWS_OF_PEERS], some, weight),
+        ),
+    }
+    with torch.no_grad():
+        pairs = [("several", "one"), ("one", "linear"), ("paper", "one")]
+        row = compare(bench, inputs, contenders, effort, pairs)
+    # The one sample of all that "several" returns is its last, number 0: that of "one".
+    if {"one", "several"} <= row.get("seconds", {}).keys():
+        one, several = (row["seconds"][name]["median"] for name in ("one", "several"))
+        row["seconds_per_sample"] = float(f"{(several - one) / (_SAMPLES - 1):.4g}")
+    return row
+
+
+def overhead(bench: Bench, case: Case, dtype: str, effort: Effort) -> Row:
     """From call to result: the kernels alone, the prepared call, the public op, direct."""
-    inputs = _inputs(case, dtype)
+    inputs = bench.inputs(case, dtype)
     x, base = inputs.x, inputs.base
-    prepared = PackedAdapters(inputs.lora_A, inputs.lora_B, inputs.dtype, backend="cpu")
+    prepared = PackedAdapters(inputs.lora_A, inputs.lora_B, inputs.dtype, backend=bench.backend)
+
+    def public() -> Tensor:
+        return lora_ortho.fused_ortho_lora(
+            x, inputs.lora_A, inputs.lora_B, base=base, seed=inputs.seed, backend=bench.backend
+        )
+
+    calls: dict[str, Call] = {
+        "prepared": lambda: prepared.apply(x, base, inputs.seed),
+        "public": public,
+        "direct": peers.direct(inputs),
+    }
+    if bench.backend == "cpu":
+        calls["kernels"] = _kernels(inputs, prepared)
+    with torch.no_grad():
+        times = _time(bench, calls, effort)
+    return _head(bench, case, dtype) | _seconds(times)
+
+
+def _kernels(inputs: Inputs, prepared: PackedAdapters) -> Call:
+    """The CPU kernels by the extension's own call, arguments ready."""
+    x, base, case = inputs.x, inputs.base, inputs.case
     limits, _ = thresholds([1 - 1 / case.adapters] * case.adapters, "orthogonal")
     ranks = (case.rank,) * case.adapters
     problem = Problem(
         "orthogonal", tuple(limits), case.d_in, case.d_out, ranks, inputs.dtype, "cpu"
     )
-    native = cpu.pack(problem, inputs.lora_A, inputs.lora_B).native
+    native = backends.get("cpu").pack(problem, inputs.lora_A, inputs.lora_B).native
     y, s = torch.empty_like(base), x.new_empty(case.tokens, sum(ranks))
     arguments = (
         (x.data_ptr(), *x.stride()), (base.data_ptr(), *base.stride()), y.data_ptr(), s.data_ptr(),
-        case.tokens, prepared.gains.data_ptr(), SEED, 0, 0, 0, 0, torch.get_num_threads(),
+        case.tokens, prepared.gains.data_ptr(), int(inputs.seed), 0, 0, 0, 0,
+        torch.get_num_threads(),
     )  # fmt: skip
+    kept = (x, base, y, s, prepared)  # their addresses are in the arguments
 
-    def public() -> Tensor:
-        return lora_ortho.fused_ortho_lora(
-            x, inputs.lora_A, inputs.lora_B, base=base, seed=SEED, backend="cpu"
-        )
+    def call() -> Tensor:
+        native.forward(*arguments)
+        return kept[2]
 
-    calls: dict[str, Callable[[], Any]] = {
-        "kernels": lambda: native.forward(*arguments),
-        "prepared": lambda: prepared.apply(x, base, SEED),
-        "public": public,
-        "direct": peers.direct(inputs),
-    }
-    with torch.no_grad():
-        times = measure(calls, effort)
-    return {"case": str(case), "dtype": dtype, **_seconds(times)}
+    return call
 
 
-def extra_memory(case: Case, dtype: str, contender: str) -> Row:
+def extra_memory(bench: Bench, case: Case, dtype: str, contender: str) -> Row:
     """Bytes beyond inputs, output and s."""
-    row: Row = {"case": str(case), "dtype": dtype, "contender": contender}
+    row = _head(bench, case, dtype) | {"contender": contender}
+    if bench.device.label == "gpu":
+        inputs = bench.inputs(case, dtype)
+        return row | memory.on_gpu(inputs, contender, bench.backend, bench.device)
     missing = memory.unavailable()
-    return row | ({"refused": missing} if missing else memory.extra(case, dtype, contender))
+    if missing is not None:
+        return row | {"refused": missing}
+    return row | memory.extra(case, dtype, contender, bench.backend)
 
 
-def _first_rows(inputs: Inputs) -> Inputs:
-    rows = slice(0, _ROWS_OF_PEERS)
-    x, base, grad = inputs.x[rows], inputs.base[rows], inputs.grad[rows]
-    case = inputs.case._replace(tokens=x.shape[0])
-    return Inputs(case, x, inputs.lora_A, inputs.lora_B, base, grad)
+def ceilings(bench: Bench, case: Case, dtype: str, effort: Effort) -> Row:
+    """The rates that floors are reckoned with."""
+    return _head(bench, case, dtype) | floors.ceilings(bench.device, dtype, effort)
 
 
-def _row(
-    case: Case,
-    dtype: str,
+def _head(bench: Bench, case: Case, dtype: str) -> Row:
+    return {"case": str(case), "dtype": dtype, "backend": bench.backend}
+
+
+def compare(
+    bench: Bench,
+    inputs: Inputs,
     contenders: Mapping[str, Contender],
     effort: Effort,
-    pairs: list[tuple[str, str]],
+    pairs: Pairs,
 ) -> Row:
     """Check, then time those that passed; a ratio needs both of its contenders."""
-    row: Row = {"case": str(case), "dtype": dtype, "refused": {}}
-    calls = {}
-    for name, (call, check) in contenders.items():
+    dtype = str(inputs.dtype).removeprefix("torch.")
+    row = _head(bench, inputs.case, dtype) | {"refused": {}}
+    device, watches = bench.device, {}
+    sets = [inputs, *(inputs.copy() for _ in range(device.sets(inputs.nbytes) - 1))]
+    for name, (build, check) in contenders.items():
         try:
-            check(call())
+            check(build(inputs)())
         except WrongResult as error:
             row["refused"][name] = f"wrong result: {error}"
         else:
-            calls[name] = call
-    if calls:
-        times = measure(calls, effort)
+            watches[name] = device.stopwatch([build(one) for one in sets])
+    if watches:
+        times = measure(watches, effort)
         row |= _seconds(times)
         row["ratios"] = {
             f"{above}/{below}": times.ratio(above, below).json()
             for above, below in pairs
-            if above in calls and below in calls
+            if above in watches and below in watches
         }
+        if device.label != "cpu":
+            row["sets"] = len(sets)
+            row["launch"] = {name: watch.note for name, watch in watches.items()}
     return row
+
+
+def _time(bench: Bench, calls: Mapping[str, Call], effort: Effort) -> Times:
+    return measure({name: bench.device.stopwatch([call]) for name, call in calls.items()}, effort)
 
 
 def _seconds(times: Times) -> Row:
     return {
         "seconds": {name: times.of(name).json() for name in times.seconds},
-        "others": None if times.others is None else round(times.others, 3),
+        "others": times.rounded_others(),
     }

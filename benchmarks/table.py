@@ -1,6 +1,6 @@
 """Tables of a result file: ``python -m benchmarks.table [PATH]``, or ``--update README.md``.
 
-The file that is updated says between which lines, and from which result file:
+The file that is updated says between which lines, and from which result file, once or more often:
 
     <!-- benchmark table: benchmarks/results/NAME.json -->
     <!-- end of benchmark table -->
@@ -12,14 +12,15 @@ import argparse
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from benchmarks import record
-from benchmarks.cases import CPU_CASES, DTYPES, LARGE, ONE_TOKEN, Case
-from benchmarks.harness import DISTURBED
-from benchmarks.record import Result
-from benchmarks.targets import TARGETS, NotMeasured, Target, find, ratio
+from . import pictures, record
+from .cases import LARGE, ONE_TOKEN, Case
+from .harness import DISTURBED
+from .record import Result
+from .scaling import AXES, fit
+from .targets import NotMeasured, View, cases_of, is_cpu, targets_of, verdict, views
 
 _BLOCK = re.compile(
     r"(<!-- benchmark table: (?P<path>\S+) -->\n).*?(<!-- end of benchmark table -->)", re.DOTALL
@@ -29,13 +30,17 @@ _COLUMNS: tuple[tuple[str, str, str, int], ...] = (
     ("forward + backward ÷ direct", "backward", "ours/direct", 2),
     ("paper ÷ ours", "peers", "paper/ours", 1),
     ("compiled ÷ ours", "peers", "compiled/ours", 1),
+    ("stored mask ÷ ours", "peers", "stored mask/ours", 1),
+    ("vLLM ÷ ours", "peers", "vllm/ours", 2),
     ("PEFT layer ÷ our layer", "layer", "peft/ours", 2),
+    ("our layer ÷ nn.Linear", "layer", "ours/linear", 2),
 )
+_MIB = 2**20
 
 
 def report(result: Result) -> str:
     """Everything about a result, in Markdown."""
-    parts = [_machine(result), _targets(result), _cases(result), _details(result)]
+    parts = [_machine(result), targets(result), _cases(result), _details(result)]
     return "\n\n".join(part for part in parts if part)
 
 
@@ -44,16 +49,23 @@ def _machine(result: Result) -> str:
     timed = [row for section in record.SECTIONS for row in result[section] if "seconds" in row]
     disturbed = [row for row in timed if (row["others"] or 0.0) > DISTURBED]
     note = ""
-    if disturbed:
+    if disturbed and is_cpu(result):
         most = max(row["others"] for row in disturbed)
         note = (
             f" In {len(disturbed)} of {len(timed)} rows other processes kept up to {most:.1f} "
             "cores busy."
         )
-    return (
-        f"{machine['processor']}; {machine['cores']} cores, {machine['threads']} threads; kernels "
-        f"for {machine['isa']}; torch {versions['torch']}, Python {versions['python']}.{note}"
+    where = (
+        f"{machine['gpu']}, CUDA {machine['cuda']}, driver {machine['driver']}"
+        if "gpu" in machine
+        else f"{machine['processor']}; {machine['cores']} cores, {machine['threads']} threads; "
+        f"kernels for {machine['isa']}"
     )
+    head = ""
+    if result["kind"].startswith("rehearsal"):
+        head = "REHEARSAL on a processor in the place of a GPU: none of this is a GPU's figure. "
+    triton = f", Triton {versions['triton']}" if "gpu" in machine else ""
+    return f"{head}{where}; torch {versions['torch']}{triton}, Python {versions['python']}.{note}"
 
 
 def _rows(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -61,97 +73,181 @@ def _rows(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def _targets(result: Result) -> str:
-    rows = []
-    for target in TARGETS:
-        verdicts = [_verdict(target, result, dtype) for dtype in DTYPES]
-        rows.append([target.figure, target.goal(), *verdicts])
-    return _rows(["figure", "target", *DTYPES], rows)
-
-
-def _verdict(target: Target, result: Result, dtype: str) -> str:
-    if dtype not in target.dtypes:
-        return ""
-    try:
-        value = target.value(result, dtype)
-    except NotMeasured as reason:
-        return f"not measured: {reason}" if str(reason) else "not measured"
-    text = f"{value:.{target.digits}f}{target.unit}"
-    return f"{text} met" if target.met(value) else f"**{text} missed**"
+def targets(result: Result) -> str:
+    """The table of targets, each met, missed or not measured."""
+    columns = views(result)
+    rows = [
+        [target.figure, target.goal(), *(verdict(target, view) for view in columns)]
+        for target in targets_of(result)
+    ]
+    return _rows(["figure", "target", *(view.title for view in columns)], rows)
 
 
 def _cases(result: Result) -> str:
-    head = ["tokens, d_in, d_out, K, r", "dtype", *(name for name, *_ in _COLUMNS)]
+    """A row for each case and dtype; figures that no row has stay out."""
+    names = ["share of floor", *(name for name, *_ in _COLUMNS)]
     rows = []
-    for case in CPU_CASES:
-        for dtype in DTYPES:
-            cells = [_cell(result, case, dtype, *column[1:]) for column in _COLUMNS]
+    for case in cases_of(result):
+        for view in views(result):
+            cells = [_share(view, case), *(_cell(view, case, *column[1:]) for column in _COLUMNS)]
             if any(cells):
-                rows.append([", ".join(map(str, case)), dtype, *cells])
-    return _rows(head, rows) if rows else ""
+                rows.append([", ".join(map(str, case)), view.title, *cells])
+    used = [j for j in range(len(names)) if any(row[2 + j] for row in rows)]
+    head = ["tokens, d_in, d_out, K, r", "dtype", *(names[j] for j in used)]
+    return _rows(head, [[*row[:2], *(row[2 + j] for j in used)] for row in rows]) if rows else ""
 
 
-def _cell(result: Result, case: Case, dtype: str, section: str, name: str, digits: int) -> str:
+def _cell(view: View, case: Case, section: str, name: str, digits: int) -> str:
     try:
-        return f"{ratio(result, section, case, dtype, name):.{digits}f}"
+        return f"{view.ratio(section, case, name):.{digits}f}"
+    except NotMeasured:
+        return ""
+
+
+def _share(view: View, case: Case) -> str:
+    try:
+        return f"{100 * view.share('forward', case):.0f} %"
     except NotMeasured:
         return ""
 
 
 def _details(result: Result) -> str:
-    """Call overhead and memory of the peers, a line each."""
-    lines = []
-    for dtype in DTYPES:
-        lines += _overhead(result, ONE_TOKEN, dtype) + _peers_memory(result, LARGE, dtype)
+    """What fits in no table: ceilings, overhead, memory, samples, growth, models; a line each."""
+    lines: list[str] = []
+    for view in views(result):
+        for part in (_ceilings, _overhead, _peers_memory, _samples, _growth):
+            try:
+                lines += part(view)
+            except NotMeasured:
+                continue
+    lines += _models(result)
     return "\n".join(f"- {line}" for line in lines)
 
 
-def _overhead(result: Result, case: Case, dtype: str) -> list[str]:
-    try:
-        seconds = find(result, "overhead", case, dtype)["seconds"]
-    except NotMeasured:
-        return []
+def _ceilings(view: View) -> list[str]:
+    rates = view.ceilings()
+    return [
+        f"Ceilings, {view.title}: copy {rates['copy_bytes_per_second'] / 1e9:.1f} GB/s, matrix "
+        f"product {rates['matmul_operations_per_second'] / 1e12:.2f} TFLOP/s. The floor of a case "
+        "is the longer of its bytes and its operations at these rates; where it fits in a cache, "
+        "more than 100 % is possible."
+    ]
+
+
+def _overhead(view: View) -> list[str]:
+    case = cases_of(view.result)[0] if ONE_TOKEN not in cases_of(view.result) else ONE_TOKEN
+    seconds = view.find("overhead", case).get("seconds", {})
+    if "kernels" not in seconds:
+        raise NotMeasured("")
     micro = {name: 1e6 * times["median"] for name, times in seconds.items()}
     return [
-        f"One token, {case.d_in} × {case.d_out}, {dtype}: kernels {micro['kernels']:.0f} µs; "
+        f"One token, {case.d_in} × {case.d_out}, {view.title}: kernels {micro['kernels']:.0f} µs; "
         f"Python adds {micro['prepared'] - micro['kernels']:.0f} µs in the prepared call and "
         f"{micro['public'] - micro['kernels']:.0f} µs in the public op; direct takes "
         f"{micro['direct']:.0f} µs in all."
     ]
 
 
-def _peers_memory(result: Result, case: Case, dtype: str) -> list[str]:
+def _peers_memory(view: View) -> list[str]:
     found = []
     for contender in ("ours", "direct", "paper", "categorical"):
-        try:
-            row = find(result, "memory", case, dtype, contender)
-        except NotMeasured:
-            continue
+        row = view.find("memory", LARGE, contender)
         if "forward" in row:
-            found.append(f"{contender} {max(0.0, row['forward'] / 2**20):.1f} MiB")
-    if len(found) < 2:
+            found.append(f"{contender} {max(0.0, row['forward'] / _MIB):.1f} MiB")
+    size = " × ".join(map(str, LARGE[:3]))
+    return [f"Memory of one forward beyond output and s, {size}, {view.title}: {', '.join(found)}."]
+
+
+def _samples(view: View) -> list[str]:
+    rows = [
+        row for row in view.result["samples"]
+        if (row["dtype"], row["backend"]) == (view.dtype, view.backend)
+        and "seconds_per_sample" in row
+    ]  # fmt: skip
+    found = []
+    for row in rows:
+        seconds = {name: 1e3 * times["median"] for name, times in row["seconds"].items()}
+        more = 1e3 * row["seconds_per_sample"]
+        found.append(
+            f"One Monte Carlo sample more, {row['case']}, {view.title}: {more:.2f} ms, "
+            f"{more / seconds['linear']:.2f} of the layer's own product; of the paper's "
+            f"construction {seconds['paper']:.1f} ms."
+        )
+    return found
+
+
+def growth(view: View) -> Iterable[tuple[str, str, str, dict[int, float]]]:
+    """Axis, contender, range and seconds by size, for every line of points there is."""
+    for axis in AXES:
+        points: dict[str, dict[int, float]] = {}
+        for row in view.result["scaling"]:
+            if (row.get("axis"), row["dtype"], row["backend"]) == (axis, view.dtype, view.backend):
+                for name, times in row.get("seconds", {}).items():
+                    points.setdefault(name, {})[row["at"]] = times["median"]
+        for name, seconds in points.items():
+            if len(seconds) > 1:
+                yield axis, name, f"{min(seconds)} … {max(seconds)}", seconds
+
+
+def _growth(view: View) -> list[str]:
+    lines: dict[str, list[str]] = {}
+    for axis, name, span, seconds in growth(view):
+        found = fit(seconds)
+        text = f"{name} {found.exponent:.2f}"
+        if name == "ours" and found.above(AXES[axis].bound):
+            text += (
+                f" (**WARNING: above {AXES[axis].bound}**, {found.last:.2f} between the last two)"
+            )
+        lines.setdefault(f"{axis} {span}", []).append(text)
+    if not lines:
         return []
-    size = " × ".join(map(str, case[:3]))
-    return [f"Memory of one forward beyond output and s, {size}, {dtype}: {', '.join(found)}."]
+    words = "; ".join(f"{axis}: {', '.join(texts)}" for axis, texts in lines.items())
+    return [f"Time grows as size to the power of, {view.title}: {words}."]
 
 
-def block(text: str) -> tuple[Path, str, str]:
-    """Of a page with a table: its result file, relative; the page as it should be; as it is.
+def _models(result: Result) -> list[str]:
+    lines = []
+    for row in result["model"]:
+        if "seconds" not in row:
+            continue
+        unit = "tokens/s" if row["step"] == "forward" else "steps/s"
+        many = row["tokens"] if row["step"] == "forward" else 1
+        rates = ", ".join(
+            f"{name} {many / times['median']:.3g}" for name, times in row["seconds"].items()
+        )
+        lines.append(f"{row['case']}, {row['dtype']}, {row['step']}, {unit}: {rates}.")
+        if "profile" in row:
+            top = ", ".join(f"{p['name']} {100 * p['share']:.0f} %" for p in row["profile"])
+            share = f"our kernels take {100 * row['share']:.0f} % of its time"
+            lines.append(f"Of that with ours, {share}; most of it: {top}.")
+    return lines
+
+
+def blocks(text: str) -> tuple[list[Path], str]:
+    """Of a page with tables: their result files, relative; the page as it should be.
 
     Raises:
-        record.ResultError: no markers in the page, or the result file cannot be used.
+        record.ResultError: no markers in the page, or a result file cannot be used.
     """
-    found = _BLOCK.search(text)
-    if found is None:
+    root, paths = record.RESULTS.parent.parent, []
+
+    def renewed(found: re.Match[str]) -> str:
+        path = Path(found["path"])
+        paths.append(path)
+        result = record.load(root / path)
+        parts = [pictures.markup(result), report(result)]
+        body = "\n\n".join(part for part in parts if part)
+        return f"{found[1]}\n{body}\n\n{found[3]}"
+
+    wanted = _BLOCK.sub(renewed, text)
+    if not paths:
         raise record.ResultError("no lines that mark where the benchmark table goes")
-    path = Path(found["path"])
-    table = report(record.load(record.RESULTS.parent.parent / path))
-    return path, _BLOCK.sub(lambda m: f"{m[1]}\n{table}\n\n{m[3]}", text, count=1), text
+    return paths, wanted
 
 
 def update(page: Path) -> None:
-    """Write a page's table anew; the page appears whole or stays as it was."""
-    _, wanted, _ = block(page.read_text(encoding="utf-8"))
+    """Write a page's tables anew; the page appears whole or stays as it was."""
+    _, wanted = blocks(page.read_text(encoding="utf-8"))
     temporary = page.with_name(f".{page.name}.new")
     temporary.write_text(wanted, encoding="utf-8")
     os.replace(temporary, page)
@@ -161,6 +257,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Print or update. Returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.table", description=__doc__)
     parser.add_argument("path", type=Path, nargs="?", help="result file to print")
+    parser.add_argument("--targets", action="store_true", help="print only the targets")
     parser.add_argument("--update", type=Path, metavar="PAGE", help="page whose table to renew")
     arguments = parser.parse_args(argv)
     if (arguments.path is None) == (arguments.update is None):
@@ -169,7 +266,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.update is not None:
             update(arguments.update)
         else:
-            print(report(record.load(arguments.path)))
+            result = record.load(arguments.path)
+            print(targets(result) if arguments.targets else report(result))
     except (record.ResultError, OSError) as error:
         print(error, file=sys.stderr)
         return 1

@@ -1,21 +1,93 @@
-"""The targets on a CPU, and how each figure is taken from a result."""
+"""The targets on a CPU and on a GPU, and how each figure is taken from a result."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
-from benchmarks.cases import CPU_CASES, DTYPES, LARGE, MANY_ADAPTERS, Case
-from benchmarks.record import Result, Row
+from .cases import CPU_CASES, DTYPES, GPU_CASES, LARGE, MANY_ADAPTERS, TINY_CASES, Case
+from .floors import Work
+from .record import Result, Row
 
-_MANY_TOKENS = tuple(case for case in CPU_CASES if case.tokens >= 16)
-_ONE_TOKEN = tuple(case for case in CPU_CASES if case.tokens == 1)
 _MIB = 2**20
 
 
 class NotMeasured(Exception):
     """A figure that a result does not hold, and why."""
+
+
+class View(NamedTuple):
+    """One column of a result's tables."""
+
+    result: Result
+    dtype: str
+    backend: str
+
+    @property
+    def title(self) -> str:
+        """The column's head: the dtype, and on a GPU the backend before it."""
+        return self.dtype if is_cpu(self.result) else f"{self.backend}, {self.dtype}"
+
+    def find(self, section: str, case: Case, contender: str | None = None) -> Row:
+        """The row of a case; raises NotMeasured."""
+        wanted = (str(case), self.dtype, self.backend, contender)
+        for row in self.result[section]:
+            if wanted == (row["case"], row["dtype"], row["backend"], row.get("contender")):
+                found: Row = row
+                return found
+        raise NotMeasured("")
+
+    def ratio(self, section: str, case: Case, name: str) -> float:
+        """A median ratio, such as "ours/direct"; raises NotMeasured."""
+        row = self.find(section, case)
+        if name not in row.get("ratios", {}):
+            reasons = [f"{k}: {v}" for k, v in row.get("refused", {}).items()]
+            raise NotMeasured(f"{case} " + "; ".join(reasons) if reasons else "")
+        return float(row["ratios"][name]["median"])
+
+    def ceilings(self) -> dict[str, Any]:
+        """The rates measured; raises NotMeasured."""
+        for row in self.result["ceilings"]:
+            if (row["dtype"], row["backend"]) == (self.dtype, self.backend):
+                if "copy_bytes_per_second" not in row:
+                    break
+                return dict(row)
+        raise NotMeasured("no ceilings")
+
+    def share(self, section: str, case: Case) -> float:
+        """Of the floor's speed, the share that ours reaches; raises NotMeasured."""
+        row = self.find(section, case)
+        if "ours" not in row.get("seconds", {}) or "bytes" not in row:
+            raise NotMeasured("")
+        floor = Work(row["bytes"], row["operations"]).seconds(self.ceilings())
+        return float(floor / row["seconds"]["ours"]["median"])
+
+
+def is_cpu(result: Result) -> bool:
+    """Whether a result is of a processor."""
+    return bool(result["kind"].startswith("cpu"))
+
+
+def cases_of(result: Result) -> tuple[Case, ...]:
+    """The cases that belong to a result's kind of machine."""
+    label = result["kind"].split("-", 1)[0]
+    return {"cpu": CPU_CASES, "gpu": GPU_CASES, "rehearsal": TINY_CASES}[label]
+
+
+def views(result: Result) -> list[View]:
+    """The columns of a result: of a processor every dtype, else what was measured."""
+    found = {
+        (row["dtype"], row["backend"]): None for row in result["forward"] + result["backward"]
+    }
+    if is_cpu(result):
+        backends = list(dict.fromkeys(backend for _, backend in found)) or ["cpu"]
+        return [View(result, dtype, backend) for backend in backends for dtype in DTYPES]
+    return [View(result, dtype, backend) for dtype, backend in found]
+
+
+Value = Callable[[View], float]
 
 
 @dataclass(frozen=True)
@@ -26,7 +98,7 @@ class Target:
         figure: what it is.
         bound: the least or the largest that meets it.
         at_least: which of the two.
-        value: takes it from a result, for one dtype; raises NotMeasured.
+        value: takes it from one column of a result; raises NotMeasured.
         unit: printed behind it.
         dtypes: those for which it was set.
         digits: printed behind the point.
@@ -35,7 +107,7 @@ class Target:
     figure: str
     bound: float
     at_least: bool
-    value: Callable[[Result, str], float]
+    value: Value
     unit: str = ""
     dtypes: tuple[str, ...] = tuple(DTYPES)
     digits: int = 2
@@ -50,46 +122,58 @@ class Target:
         return f"{'≥' if self.at_least else '≤'} {self.bound:.{self.digits}f}{self.unit}"
 
 
-def find(result: Result, section: str, case: Case, dtype: str, contender: str | None = None) -> Row:
-    """The row of a case; raises NotMeasured."""
-    for row in result[section]:
-        same = (row["case"], row["dtype"]) == (str(case), dtype)
-        if same and row.get("contender") == contender:
-            found: Row = row
-            return found
-    raise NotMeasured("")
+Choice = Callable[[Case], bool]
 
 
-def ratio(result: Result, section: str, case: Case, dtype: str, name: str) -> float:
-    """A median ratio, such as "ours/direct"; raises NotMeasured."""
-    row = find(result, section, case, dtype)
-    if name not in row.get("ratios", {}):
-        reasons = [f"{k}: {v}" for k, v in row.get("refused", {}).items()]
-        raise NotMeasured(f"{case} " + "; ".join(reasons) if reasons else "")
-    return float(row["ratios"][name]["median"])
+def _any(case: Case) -> bool:
+    return True
 
 
-def _mean(section: str, name: str, cases: tuple[Case, ...]) -> Callable[[Result, str], float]:
+def _many_tokens(case: Case) -> bool:
+    return case.tokens >= 16
+
+
+def _few_tokens(case: Case) -> bool:
+    return case.tokens <= 16
+
+
+def _chosen(view: View, choice: Choice) -> list[Case]:
+    found = [case for case in cases_of(view.result) if choice(case)]
+    if not found:
+        raise NotMeasured("no such case")
+    return found
+
+
+def _mean(section: str, name: str, choice: Choice = _any) -> Value:
     """Geometric mean over cases."""
 
-    def value(result: Result, dtype: str) -> float:
-        logs = [math.log(ratio(result, section, case, dtype, name)) for case in cases]
+    def value(view: View) -> float:
+        logs = [math.log(view.ratio(section, case, name)) for case in _chosen(view, choice)]
         return math.exp(sum(logs) / len(logs))
 
     return value
 
 
-def _worst(section: str, name: str, cases: tuple[Case, ...]) -> Callable[[Result, str], float]:
-    return lambda result, dtype: max(ratio(result, section, c, dtype, name) for c in cases)
+def _worst(section: str, name: str, choice: Choice) -> Value:
+    return lambda view: max(view.ratio(section, case, name) for case in _chosen(view, choice))
 
 
-def _memory(direction: str) -> Callable[[Result, str], float]:
+def _worst_in_graph(view: View) -> float:
+    """Over few tokens, ours and direct both replayed from a graph."""
+    for case in _chosen(view, _few_tokens):
+        notes = view.find("forward", case).get("launch", {})
+        if any(notes.get(name) != "graph" for name in ("ours", "direct")):
+            raise NotMeasured(f"{case} was not replayed from a graph: {notes}")
+    return _worst("forward", "ours/direct", _few_tokens)(view)
+
+
+def _memory(direction: str) -> Value:
     """The most over all cases, in MiB."""
 
-    def value(result: Result, dtype: str) -> float:
+    def value(view: View) -> float:
         found = []
-        for case in CPU_CASES:
-            row = find(result, "memory", case, dtype, "ours")
+        for case in cases_of(view.result):
+            row = view.find("memory", case, "ours")
             if direction not in row:
                 raise NotMeasured(str(row.get("refused")))
             found.append(row[direction] / _MIB)
@@ -98,39 +182,53 @@ def _memory(direction: str) -> Callable[[Result, str], float]:
     return value
 
 
-def _speedup(result: Result, dtype: str) -> float:
-    row = find(result, "threads", LARGE, dtype)
+def _speedup(view: View) -> float:
+    row = view.find("threads", LARGE)
     if row["threads"] != 2:
         raise NotMeasured(f"measured on {row['threads']} threads, not 2")
     return float(row["speedup"]["ours"]["median"])
 
 
-TARGETS = (
-    Target(
-        "forward ÷ direct, geometric mean", 0.90, False, _mean("forward", "ours/direct", CPU_CASES)
-    ),
+def _least_share(view: View) -> float:
+    """Of the copy bandwidth measured, by the bytes that draw, expand and add must move."""
+    found = []
+    for case in EXPANDED:
+        row = view.find("expand", case)
+        if "ours" not in row.get("seconds", {}):
+            raise NotMeasured(str(row.get("refused")))
+        rate = row["bytes"] / row["seconds"]["ours"]["median"]
+        found.append(rate / view.ceilings()["copy_bytes_per_second"])
+    return float(min(found))
+
+
+EXPANDED = (GPU_CASES[3], GPU_CASES[4])
+_WHOLE_LAYER = GPU_CASES[3]
+
+CPU_TARGETS = (
+    Target("forward ÷ direct, geometric mean", 0.90, False, _mean("forward", "ours/direct")),
     Target(
         "forward ÷ direct, worst with 16 tokens or more", 1.10, False,
-        _worst("forward", "ours/direct", _MANY_TOKENS),
+        _worst("forward", "ours/direct", _many_tokens),
     ),
     Target(
-        "forward ÷ direct, one token", 1.50, False, _worst("forward", "ours/direct", _ONE_TOKEN)
+        "forward ÷ direct, one token", 1.50, False,
+        _worst("forward", "ours/direct", lambda case: case.tokens == 1),
     ),
     Target(
         "forward + backward ÷ direct, geometric mean", 1.00, False,
-        _mean("backward", "ours/direct", CPU_CASES),
+        _mean("backward", "ours/direct"),
     ),
     Target(
         "forward ÷ direct, 512 × 2048 × 2048, K = 16, r = 32", 0.40, False,
-        _worst("forward", "ours/direct", (MANY_ADAPTERS,)), dtypes=("float32",),
+        _worst("forward", "ours/direct", lambda case: case == MANY_ADAPTERS), dtypes=("float32",),
     ),
     Target(
         "paper ÷ ours, forward, geometric mean with 16 tokens or more", 25, True,
-        _mean("peers", "paper/ours", _MANY_TOKENS), digits=1,
+        _mean("peers", "paper/ours", _many_tokens), digits=1,
     ),
     Target(
         "compiled categorical ÷ ours, likewise", 5, True,
-        _mean("peers", "compiled/ours", _MANY_TOKENS), digits=1,
+        _mean("peers", "compiled/ours", _many_tokens), digits=1,
     ),
     Target(
         "memory beyond inputs, output and s, forward, most", 2, False, _memory("forward"), " MiB"
@@ -140,3 +238,53 @@ TARGETS = (
     ),
     Target("two cores against one, 2048 × 4096 × 4096", 1.8, True, _speedup, " ×"),
 )  # fmt: skip
+
+GPU_TARGETS = (
+    Target(
+        "draw + expand + add, 8192 × 4096 and × 14336, share of copy bandwidth", 0.90, True,
+        _least_share,
+    ),
+    Target(
+        "whole layer ÷ plain nn.Linear, 8192 × 4096 × 4096, K = 3, r = 16", 1.20, False,
+        _worst("layer", "ours/linear", lambda case: case == _WHOLE_LAYER),
+    ),
+    Target("forward ÷ direct, geometric mean", 0.80, False, _mean("forward", "ours/direct")),
+    Target(
+        "forward + backward ÷ direct, geometric mean", 0.90, False,
+        _mean("backward", "ours/direct"),
+    ),
+    Target(
+        "paper ÷ ours, forward, geometric mean with 16 tokens or more", 20, True,
+        _mean("peers", "paper/ours", _many_tokens), digits=1,
+    ),
+    Target(
+        "compiled categorical ÷ ours, likewise", 3, True,
+        _mean("peers", "compiled/ours", _many_tokens), digits=1,
+    ),
+    Target("1 to 16 tokens inside a CUDA graph ÷ direct", 1.0, False, _worst_in_graph),
+    Target(
+        "peak memory beyond inputs, output and s, forward, most", 0, False, _memory("forward"),
+        " MiB",
+    ),
+    Target(
+        "peak memory beyond inputs and outputs, backward, most", 0, False, _memory("backward"),
+        " MiB",
+    ),
+)  # fmt: skip
+
+
+def targets_of(result: Result) -> tuple[Target, ...]:
+    """The targets of a result's kind of machine; a rehearsal shows those of a GPU."""
+    return CPU_TARGETS if is_cpu(result) else GPU_TARGETS
+
+
+def verdict(target: Target, view: View) -> str:
+    """What a table says in the place of a target: the value with "met" or "missed"."""
+    if view.dtype not in target.dtypes:
+        return ""
+    try:
+        value = target.value(view)
+    except NotMeasured as reason:
+        return f"not measured: {reason}" if str(reason) else "not measured"
+    text = f"{value:.{target.digits}f}{target.unit}"
+    return f"{text} met" if target.met(value) else f"**{text} missed**"

