@@ -1,4 +1,6 @@
 # make demo, make test: each makes the virtual environment it needs, with Python and a C++ compiler.
+# make bench prints the benchmarks; make results records them; make figures draws what is recorded;
+# make gpu tests and measures on a GPU.
 #   PYTHON=python3.12   the interpreter to start from
 #   VENV=folder         the environment; .venv unless given
 
@@ -24,7 +26,7 @@ endef
 MERGING := mergekit immutables fusion-bench hydra-core omegaconf antlr4-python3-runtime bidict \
 	lightning lightning-utilities torchmetrics
 
-.PHONY: demo test lint bench docs clean
+.PHONY: demo test lint bench results figures gpu docs clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/demo.stamp
@@ -42,6 +44,18 @@ docs: $(VENV)/dev.stamp
 
 bench: $(VENV)/dev.stamp
 	$(BIN)/python -m benchmarks
+
+# Measures everything anew, for the result file of this kind of machine and what the README shows.
+results: $(VENV)/dev.stamp
+	$(BIN)/python -m benchmarks --save
+	$(BIN)/python -m benchmarks.figures README.md
+
+figures: $(VENV)/dev.stamp
+	$(BIN)/python -m benchmarks.figures README.md
+
+# Needs no network: it builds with what this Python has. LORA_ORTHO_GPU_REHEARSAL=1 needs no GPU.
+gpu:
+	$(PYTHON) -m benchmarks.gpu
 
 $(VENV)/demo.stamp: pyproject.toml requirements-dev.txt setup.py $(NATIVE) | $(BIN)/python
 	$(call install,demo)

@@ -127,9 +127,15 @@ class CMakeBuild(build_ext):
             )
 
 
+# Packages whose folders lie beside lora_ortho's own.
+ELSEWHERE = {
+    "lora_ortho.triton_kernels": "triton_kernels",
+    "lora_ortho.benchmarks": "benchmarks",
+}
+
 setup(
-    packages=[*find_packages(include=["lora_ortho", "lora_ortho.*"]), "lora_ortho.triton_kernels"],
-    package_dir={"lora_ortho.triton_kernels": "triton_kernels"},
+    packages=[*find_packages(include=["lora_ortho", "lora_ortho.*"]), *ELSEWHERE],
+    package_dir=ELSEWHERE,
     package_data={"lora_ortho": ["py.typed"]},
     ext_modules=[Extension("lora_ortho._C", sources=[])],
     cmdclass={"build_ext": CMakeBuild},

@@ -118,7 +118,7 @@ def ratio(data: Data, theme: Theme) -> Figure:
                    ls="", label=column["title"])
         for j, column in enumerate(columns)
     ]  # fmt: skip
-    figure.legend(handles=handles, ncol=len(columns), loc="upper right", fontsize=9.5)
+    figure.legend(handles=handles, loc="upper left", fontsize=9.5)
     return figure
 
 

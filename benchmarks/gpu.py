@@ -253,7 +253,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     python = Path(sys.executable)
     if not arguments.no_build:
         python = environment(WORK / "venv")
-        install = [python, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "-e", "."]
+        install: list[str | Path] = [python, "-m", "pip", "install", "--no-build-isolation"]
+        install += ["--no-deps", "-e", "."]
         run.stage("build", install, 150, {"LORA_ORTHO_REQUIRE_NATIVE": "0"})
     found = _look(run, python)
     if found["gpu"] is None and not run.rehearsal:

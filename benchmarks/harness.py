@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import statistics
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -11,8 +12,6 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from .device import Stopwatch
 
@@ -32,8 +31,9 @@ class Quartiles:
     @staticmethod
     def of(values: list[float]) -> Quartiles:
         """Of at least one value."""
-        q1, median, q3 = np.quantile(values, (0.25, 0.5, 0.75))
-        return Quartiles(float(median), float(q1), float(q3), len(values))
+        several = values if len(values) > 1 else values * 2
+        q1, median, q3 = statistics.quantiles(several, n=4, method="inclusive")
+        return Quartiles(median, q1, q3, len(values))
 
     def json(self) -> dict[str, Any]:
         """As JSON, four significant digits."""

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from .record import Result
-from .targets import NotMeasured, View, cases_of, views
+from .targets import NotMeasured, View, cases_of, shown_cases, views
 from .tasks import MEMORY_TOKENS
 
 IMAGES = Path("docs/images")
@@ -25,16 +25,22 @@ Data = dict[str, Any]
 
 
 def ratio(result: Result) -> Data | None:
-    """Time by that of direct, of every case: forward, and forward with backward."""
-    columns = []
+    """Time by that of direct, of every case measured: forward, and forward with backward."""
+    rows, cases, columns = [], [], []
+    sections = ("forward", "backward")
+    for case in shown_cases(result):
+        found = {
+            (view.title, section): _ratio(view, section, str(case))
+            for view in views(result)
+            for section in sections
+        }
+        if any(found.values()):
+            cases.append(list(case))
+            rows.append(found)
     for view in views(result):
-        column: Data = {"title": view.title}
-        for section in ("forward", "backward"):
-            column[section] = [_ratio(view, section, str(case)) for case in cases_of(result)]
-        columns.append(column)
-    if not any(any(column["forward"]) for column in columns):
-        return None
-    return {"cases": [list(case) for case in cases_of(result)], "columns": columns}
+        column = {section: [row[view.title, section] for row in rows] for section in sections}
+        columns.append({"title": view.title, **column})
+    return {"cases": cases, "columns": columns} if cases else None
 
 
 def _ratio(view: View, section: str, case: str) -> list[float] | None:

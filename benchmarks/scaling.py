@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import math
+import statistics
 from collections.abc import Mapping
 from typing import NamedTuple
-
-import numpy as np
 
 from .cases import Case
 
@@ -76,6 +76,6 @@ def fit(seconds: Mapping[int, float]) -> Growth:
     sizes = sorted(seconds)
     if len(sizes) < 2:
         raise ValueError(f"a fit needs two sizes or more, got {sizes}")
-    x, y = np.log(np.array(sizes, float)), np.log(np.array([seconds[n] for n in sizes]))
-    slope = float(np.polyfit(x, y, 1)[0])
-    return Growth(slope, float((y[-1] - y[-2]) / (x[-1] - x[-2])))
+    x, y = [math.log(n) for n in sizes], [math.log(seconds[n]) for n in sizes]
+    slope = statistics.linear_regression(x, y).slope
+    return Growth(slope, (y[-1] - y[-2]) / (x[-1] - x[-2]))

@@ -20,7 +20,16 @@ from .cases import LARGE, ONE_TOKEN, Case
 from .harness import DISTURBED
 from .record import Result
 from .scaling import AXES, fit
-from .targets import NotMeasured, View, cases_of, is_cpu, targets_of, verdict, views
+from .targets import (
+    NotMeasured,
+    View,
+    cases_of,
+    is_cpu,
+    shown_cases,
+    targets_of,
+    verdict,
+    views,
+)
 
 _BLOCK = re.compile(
     r"(<!-- benchmark table: (?P<path>\S+) -->\n).*?(<!-- end of benchmark table -->)", re.DOTALL
@@ -87,7 +96,7 @@ def _cases(result: Result) -> str:
     """A row for each case and dtype; figures that no row has stay out."""
     names = ["share of floor", *(name for name, *_ in _COLUMNS)]
     rows = []
-    for case in cases_of(result):
+    for case in shown_cases(result):
         for view in views(result):
             cells = [_share(view, case), *(_cell(view, case, *column[1:]) for column in _COLUMNS)]
             if any(cells):

@@ -76,6 +76,14 @@ def cases_of(result: Result) -> tuple[Case, ...]:
     return {"cpu": CPU_CASES, "gpu": GPU_CASES, "rehearsal": TINY_CASES}[label]
 
 
+def shown_cases(result: Result) -> list[Case]:
+    """Those of its kind of machine, and what else was measured beside direct."""
+    found = dict.fromkeys(cases_of(result))
+    for section in ("forward", "backward", "peers", "layer"):
+        found |= dict.fromkeys(Case.parse(row["case"]) for row in result[section])
+    return list(found)
+
+
 def views(result: Result) -> list[View]:
     """The columns of a result: of a processor every dtype, else what was measured."""
     found = {
@@ -279,7 +287,10 @@ def targets_of(result: Result) -> tuple[Target, ...]:
 
 
 def verdict(target: Target, view: View) -> str:
-    """What a table says in the place of a target: the value with "met" or "missed"."""
+    """What a table says in the place of a target: the value with "met" or "missed".
+
+    Of a rehearsal neither: its figures are no GPU's.
+    """
     if view.dtype not in target.dtypes:
         return ""
     try:
@@ -287,4 +298,6 @@ def verdict(target: Target, view: View) -> str:
     except NotMeasured as reason:
         return f"not measured: {reason}" if str(reason) else "not measured"
     text = f"{value:.{target.digits}f}{target.unit}"
+    if view.result["kind"].startswith("rehearsal"):
+        return f"{text} rehearsed"
     return f"{text} met" if target.met(value) else f"**{text} missed**"

@@ -1,50 +1,133 @@
-"""The README's benchmark table is what the committed result file says."""
+"""The README's tables and pictures are what the committed result files say."""
 
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 
-from benchmarks import record
+from benchmarks import pictures, record
 from benchmarks.cases import CPU_CASES, DTYPES
-from benchmarks.table import block, update
-from benchmarks.targets import TARGETS, ratio
+from benchmarks.table import blocks, report, update
+from benchmarks.targets import View, targets_of, views
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
+RENEW = "run: make figures"
 
 
-def test_readme_table_agrees_with_its_result_file() -> None:
-    _, wanted, found = block(README.read_text(encoding="utf-8"))
-    assert found == wanted, "run: python -m benchmarks.table --update README.md"
+def _results() -> list[tuple[Path, record.Result]]:
+    paths, _ = blocks(README.read_text(encoding="utf-8"))
+    return [(path, record.load(ROOT / path)) for path in paths]
+
+
+def test_readme_tables_agree_with_their_result_files() -> None:
+    text = README.read_text(encoding="utf-8")
+    assert blocks(text)[1] == text, RENEW
+
+
+def test_pictures_agree_with_their_result_files() -> None:
+    wanted = {
+        pictures.path_of(result, name, theme): pictures.digest(data)
+        for _, result in _results()
+        for name, data in pictures.present(result).items()
+        for theme in pictures.THEMES
+    }
+    found = {}
+    for path in (ROOT / pictures.IMAGES).glob("bench_*"):
+        hashes = re.findall(r">data ([0-9a-f]{64})<", path.read_text(encoding="utf-8"))
+        found[path.relative_to(ROOT)] = hashes[0] if hashes else "no hash"
+    assert found == wanted, RENEW
 
 
 def test_committed_result_is_whole() -> None:
-    path, _, _ = block(README.read_text(encoding="utf-8"))
-    result = record.load(ROOT / path)
-    assert path.stem == result["kind"]
-    for section in ("forward", "backward"):
-        for case in CPU_CASES:
-            for dtype in DTYPES:
-                assert ratio(result, section, case, dtype, "ours/direct") > 0
-    for target in TARGETS:
-        for dtype in target.dtypes:
-            assert target.value(result, dtype) >= 0
+    for path, result in _results():
+        assert path.stem == result["kind"]
+        if not result["kind"].startswith("cpu"):
+            continue
+        for dtype in DTYPES:
+            view = View(result, dtype, "cpu")
+            for section in ("forward", "backward"):
+                for case in CPU_CASES:
+                    assert view.ratio(section, case, "ours/direct") > 0
+            for target in targets_of(result):
+                if dtype in target.dtypes:
+                    assert target.value(view) >= 0
 
 
-def test_another_figure_changes_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path, _, text = block(README.read_text(encoding="utf-8"))
-    result = record.load(ROOT / path)
-    result["forward"][0]["ratios"]["ours/direct"]["median"] *= 1.2
+def test_another_figure_changes_table_and_picture(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = README.read_text(encoding="utf-8")
+    path, result = _results()[0]
+    before = pictures.present(result)["ratio"]
+    changed = json.loads(json.dumps(result))
+    changed["forward"][0]["ratios"]["ours/direct"]["median"] *= 1.2
+    assert pictures.digest(pictures.present(changed)["ratio"]) != pictures.digest(before)
     copy = tmp_path / path
-    copy.parent.mkdir(parents=True)
-    copy.write_text(json.dumps(result))
+    record.save(changed, copy)
     monkeypatch.setattr(record, "RESULTS", tmp_path / "benchmarks" / "results")
     page = tmp_path / "README.md"
-    page.write_text(text, encoding="utf-8")
-    _, wanted, found = block(text)
-    assert wanted != found
+    block = text[text.index("<!-- benchmark table") : text.index("<!-- end of benchmark table")]
+    page.write_text(f"before\n\n{block}<!-- end of benchmark table -->\n\nafter\n")
+    _, wanted = blocks(page.read_text(encoding="utf-8"))
+    assert wanted != page.read_text(encoding="utf-8")
     update(page)
     assert page.read_text(encoding="utf-8") == wanted
+    assert wanted.startswith("before\n")
+    assert wanted.endswith("\nafter\n")
+
+
+def _point(case: str, seconds: float, **more: object) -> record.Row:
+    times = {"median": seconds, "q1": seconds, "q3": seconds, "count": 9}
+    row = {"case": case, "dtype": "float32", "backend": "cpu", "others": 0.0}
+    ratio = {**times, "median": seconds / 2}
+    found = {"seconds": {"ours": times, "direct": {**times, "median": 2.0}, "paper": times}}
+    return {**row, **found, "ratios": {"ours/direct": ratio}, **more}
+
+
+def synthetic() -> record.Result:
+    """A result with something of everything, and a quadratic surprise in K."""
+    result = record.empty()
+    result["kind"] = "cpu-synthetic"
+    work = {"bytes": 1000, "operations": 4000}
+    result["forward"] = [_point(str(case), 1.0 + j, **work) for j, case in enumerate(CPU_CASES)]
+    head = {"case": "1x1x1-1x1", "dtype": "float32", "backend": "cpu"}
+    rates = {"copy_bytes_per_second": 1e3, "matmul_operations_per_second": 2e3}
+    result["ceilings"] = [{**head, **rates}]
+    for count in (2, 4, 8):
+        case = f"256x1024x1024-{count}x16"
+        result["scaling"].append(_point(case, count**2 / 100, axis="K", at=count))
+    for tokens in (256, 1024):
+        row = {**head, "case": f"{tokens}x1024x1024-3x16", "forward": 1 << 20}
+        result["memory"] += [{**row, "contender": name} for name in ("ours", "direct", "paper")]
+    return result
+
+
+def test_every_picture_is_drawn_and_carries_its_hash(tmp_path: Path) -> None:
+    figures = pytest.importorskip("benchmarks.figures", reason="needs matplotlib")
+    result = synthetic()
+    found = pictures.present(result)
+    assert found.keys() == pictures.PICTURES.keys()
+    for name, data in found.items():
+        for theme in pictures.THEMES:
+            path = tmp_path / f"{name}_{theme}.svg"
+            figures.draw(name, data, theme, path)
+            text = path.read_text(encoding="utf-8")
+            assert f">data {pictures.digest(data)}<" in text
+            figures.draw(name, data, theme, path)
+            assert path.read_text(encoding="utf-8") == text  # the same data, the same bytes
+    assert sorted(p.suffix for p in tmp_path.iterdir()) == [".svg"] * 8
+    assert pictures.markup(result).count("prefers-color-scheme: dark") == 4
+
+
+def test_report_warns_of_growth_and_shows_floors() -> None:
+    result = synthetic()
+    text = report(result)
+    assert "K 2 … 8: ours 2.00 (**WARNING: above 1.1**" in text
+    view = views(result)[0]
+    assert view.share("forward", CPU_CASES[0]) == 2.0  # the operations' two seconds by one
+    assert "200 %" in text
+    assert "matrix product" in text

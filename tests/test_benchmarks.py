@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+import json
+import math
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import checks, peers, record, sections
-from benchmarks.bench_cpu import main
-from benchmarks.cases import DTYPES, Case, Inputs, make
-from benchmarks.harness import Effort
+from benchmarks import checks, compare, floors, peers, record, run, scaling, sections, tasks
+from benchmarks.cases import DTYPES, TINY_CASES, Case, Inputs, make
+from benchmarks.device import Host, Rehearsal, Stopwatch
+from benchmarks.harness import Effort, measure
+from benchmarks.run import main
+from benchmarks.sections import Bench
 from benchmarks.table import update
 
+ROOT = Path(__file__).resolve().parent.parent
 SMALL = Case(24, 64, 160, 3, 4)
+BRIEF = Effort(0.0, round_seconds=1e-6, least=1, tries=1)
+BENCH = Bench("cpu", Host(), compiled=False)
 
 
 def test_page_without_markers_is_left_alone(tmp_path: Path) -> None:
@@ -27,43 +37,66 @@ def test_page_without_markers_is_left_alone(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_every_contender_computes_what_it_should(dtype: str) -> None:
-    effort = Effort(0.0, round_seconds=1e-6, least=1)
     rows = [
-        sections.forward(SMALL, dtype, effort),
-        sections.backward(SMALL, dtype, effort),
-        sections.slow_peers(SMALL, dtype, effort, compiled=False),
+        sections.forward(BENCH, SMALL, dtype, BRIEF),
+        sections.backward(BENCH, SMALL, dtype, BRIEF),
+        sections.slow_peers(BENCH, SMALL, dtype, BRIEF),
+        sections.expand(BENCH, SMALL, dtype, BRIEF),
+        sections.samples(BENCH, SMALL, dtype, BRIEF),
+        sections.scaling(BENCH, SMALL, dtype, BRIEF, "K"),
     ]
+    if peers.missing("peft") is None:
+        rows.append(sections.layer(BENCH, SMALL, dtype, BRIEF))
     for row in rows:
         assert row["refused"] == {}
         assert row["ratios"]
 
 
-def test_a_wrong_result_is_refused_and_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = peers.ours
+def _one_element_off(inputs: Inputs, backend: str, samples: int = 1) -> peers.Forward:
+    call = _RIGHT(inputs, backend, samples)
 
-    def wrong(inputs: Inputs) -> peers.Forward:
-        call = right(inputs)
+    def wrong() -> Tensor:
+        y = call()
+        y[3, 7] += 0.5
+        return y
 
-        def one_element_off() -> Tensor:
-            y = call()
-            y[3, 7] += 0.5
-            return y
+    return wrong
 
-        return one_element_off
 
-    monkeypatch.setattr(peers, "ours", wrong)
-    row = sections.forward(SMALL, "float32", Effort(0.0, least=1))
+_RIGHT = peers.ours
+
+
+def test_a_wrong_result_is_refused_and_not_timed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(peers, "ours", _one_element_off)
+    row = sections.forward(BENCH, SMALL, "float32", BRIEF)
     assert "wrong result" in row["refused"]["ours"]
     assert "ours" not in row["seconds"]
     assert row["ratios"] == {}
+    words = ["--backend", "cpu", "--quick", "--case", str(SMALL), "--dtype", "float32"]
+    assert main([*words, "--only", "forward"]) == 1
+    assert "wrong result" in capsys.readouterr().err
+
+
+def test_a_row_that_fails_does_not_end_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise RuntimeError("out of order\nsecond line")
+
+    monkeypatch.setattr(sections, "forward", broken)
+    todo = tasks.choose(BENCH, True, ["forward", "backward"], [SMALL], ["float32"])
+    result = run.run(list(todo), BENCH, quick=True, quiet=True)
+    assert result["forward"][0]["refused"] == {"row": "failed: RuntimeError: out of order"}
+    assert result["backward"][0]["ratios"]
+    assert len(run.failures(result)) == 1
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_masks_of_another_seed_are_noticed(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_masks_of_another_seed_are_noticed(dtype: str) -> None:
     inputs, masks = make(SMALL, DTYPES[dtype]), checks.orthogonal(SMALL)
-    monkeypatch.setattr(peers, "SEED", 1)
+    inputs = inputs.__class__(**{**vars(inputs), "seed": 1})
     with torch.no_grad(), pytest.raises(checks.WrongResult):
-        checks.check_forward(peers.ours(inputs)(), inputs, masks)
+        checks.check_forward(peers.ours(inputs, "cpu")(), inputs, masks)
 
 
 def test_unequal_shares_are_noticed() -> None:
@@ -75,7 +108,7 @@ def test_unequal_shares_are_noticed() -> None:
 
 def test_result_files_join_only_when_of_one_machine(tmp_path: Path) -> None:
     path = tmp_path / "result.json"
-    row = {"case": str(SMALL), "dtype": "float32", "ratios": {}}
+    row = {"case": str(SMALL), "dtype": "float32", "backend": "cpu", "ratios": {}}
     old = record.empty()
     old["forward"] = [row, {**row, "dtype": "bfloat16"}]
     record.save(old, path)
@@ -91,7 +124,31 @@ def test_result_files_join_only_when_of_one_machine(tmp_path: Path) -> None:
         record.load(path)
 
 
-@pytest.mark.parametrize("arguments", [["--case", "1x2"], ["--append"], ["--only", "nothing"]])
+def test_files_of_schema_1_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "old.json"
+    old = {"schema": 1, "kind": "cpu-x", "machine": {}, "versions": {}}
+    sections_of_1 = ("forward", "backward", "peers", "layer", "memory", "threads", "overhead")
+    row = {"case": str(SMALL), "dtype": "float32"}
+    path.write_text(json.dumps(old | {name: [row] for name in sections_of_1}))
+    found = record.load(path)
+    assert found["forward"] == [{"backend": "cpu", **row}]
+    assert found["scaling"] == []
+    path.write_text(json.dumps(old))
+    with pytest.raises(record.ResultError, match="lacks forward"):
+        record.load(path)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--case", "1x2"],
+        ["--append"],
+        ["--only", "nothing"],
+        ["--save", "--json", "x.json"],
+        ["--budget", "0"],
+        ["--plot", "x.txt"],
+    ],
+)
 def test_wrong_usage(arguments: list[str]) -> None:
     with pytest.raises(SystemExit) as error:
         main(arguments)
@@ -104,3 +161,145 @@ def test_existing_file_is_not_overwritten(tmp_path: Path) -> None:
     with pytest.raises(SystemExit):
         main(["--json", str(path)])
     assert path.read_text() == "mine"
+
+
+def test_a_backend_that_does_not_work_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("needs a machine without a GPU")
+    assert main(["--backend", "cuda"]) == 1
+    assert "backend cuda does not work here" in capsys.readouterr().err
+
+
+def test_json_to_standard_output(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--quick", "--quiet", "--case", str(SMALL), "--dtype", "float32"]
+    assert main([*words, "--only", "forward", "--only", "ceilings", "--json"]) == 0
+    out, err = capsys.readouterr()
+    result = json.loads(out)
+    assert err == ""
+    assert result["forward"][0]["seconds"]["ours"]["median"] > 0
+    assert result["ceilings"][0]["copy_bytes_per_second"] > 1e6
+
+
+class Scripted(Stopwatch):
+    """A clock that says what it is told."""
+
+    def __init__(self, seconds: list[float]) -> None:
+        super().__init__([lambda: None])
+        self._left = iter(seconds)
+
+    def __call__(self, rotations: int) -> float:
+        return next(self._left)
+
+
+def test_ratios_are_taken_round_by_round() -> None:
+    watches = {
+        "a": Scripted([1, 1, 2.0, 4.0, 9.0]),
+        "b": Scripted([1, 1, 1.0, 4.0, 3.0]),
+    }
+    times = measure(watches, Effort(0.0, round_seconds=1e-9, least=3, tries=1))
+    assert times.ratio("a", "b").median == 2.0  # of 2, 1, 3; that of the medians would be 4/3
+    assert times.of("a").median == 4.0
+
+
+def test_work_is_counted() -> None:
+    case = Case(2, 3, 5, 2, 1)
+    #      x  A and B   base, y      products of s, then one of the owner's per element
+    assert floors.forward(case, "float32") == (4 * (6 + 16 + 20), 2 * (2 * 3 * 2 + 2 * 5))
+    assert floors.expand(case, "bfloat16") == (2 * (4 + 10 + 20), 2 * 10)
+    backward = floors.backward(case, "float32")
+    assert backward.bytes == 4 * (6 + 16 + 20) + 4 * (2 * 6 + 2 * 16 + 10)
+    slow = {"copy_bytes_per_second": 84.0, "matmul_operations_per_second": 1e9}
+    assert floors.forward(case, "float32").seconds(slow) == 2.0
+
+
+def test_exponents_and_late_surprises() -> None:
+    straight = scaling.fit({n: 3e-6 * n for n in (64, 256, 1024)})
+    assert math.isclose(straight.exponent, 1.0, abs_tol=1e-6)
+    assert not straight.above(1.2)
+    assert scaling.fit({n: 1e-9 * n * n for n in (2, 4, 8)}).above(1.2)
+    late = scaling.fit({1: 1.0, 10: 10.0, 100: 100.0, 200: 400.0})
+    assert late.exponent < 1.2 < late.last
+    assert late.above(1.2)
+    with pytest.raises(ValueError, match="two sizes"):
+        scaling.fit({4: 1.0})
+
+
+def _measured(tmp_path: Path, name: str) -> Path:
+    path = tmp_path / f"{name}.json"
+    words = ["--quick", "--quiet", "--case", "256x512x512-3x16", "--dtype", "float32"]
+    assert main([*words, "--backend", "cpu", "--only", "forward", "--json", str(path)]) == 0
+    return path
+
+
+def test_a_slower_kernel_is_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The kernel does its work twice; and in files that differ by just 20 %."""
+    old = _measured(tmp_path, "old")
+    assert compare.main([str(old), str(old)]) == 0
+
+    def twice(inputs: Inputs, backend: str, samples: int = 1) -> peers.Forward:
+        call = _RIGHT(inputs, backend, samples)
+        return lambda: (call(), call())[1]
+
+    monkeypatch.setattr(peers, "ours", twice)
+    new = _measured(tmp_path, "new")
+    capsys.readouterr()
+    assert compare.main([str(old), str(new), "--beyond", "1.3"]) == 1
+    assert "WORSE" in capsys.readouterr().out
+    result = record.load(old)
+    result["forward"][0]["ratios"]["ours/direct"]["median"] *= 1.2
+    record.save(result, new)
+    assert compare.main([str(old), str(new), "--beyond", "1.1"]) == 1
+    assert compare.main([str(old), str(new), "--beyond", "1.3"]) == 0
+    assert compare.main([str(new), str(old), "--beyond", "1.1"]) == 0  # better
+    assert "better" in capsys.readouterr().out
+
+
+def test_rows_that_are_gone_are_reported(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    old, new = tmp_path / "old.json", tmp_path / "new.json"
+    q = {"median": 1.0, "q1": 0.9, "q3": 1.1, "count": 9}
+    row = {"case": str(SMALL), "dtype": "float32", "backend": "cpu", "ratios": {"paper/ours": q}}
+    full = record.empty()
+    full["peers"] = [row]
+    record.save(full, old)
+    record.save({**full, "peers": []}, new)
+    assert compare.main([str(old), str(new)]) == 1
+    assert "no such row" in capsys.readouterr().out
+    wrong = {**row, "ratios": {}, "refused": {"ours": "wrong result"}}
+    record.save({**full, "peers": [wrong]}, new)
+    assert compare.main([str(old), str(new)]) == 1
+    record.save({**full, "kind": "cpu-other"}, new)
+    assert compare.main([str(old), str(new)]) == 2
+    with pytest.raises(SystemExit):
+        compare.main([str(old), str(new), "--beyond", "0.9"])
+
+
+def test_gpu_run_goes_through_rotating_buffers() -> None:
+    bench = Bench("reference", Rehearsal(), compiled=False)
+    row = sections.forward(bench, TINY_CASES[1], "bfloat16", BRIEF)
+    assert row["refused"] == {}
+    assert row["sets"] == 2
+    assert set(row["launch"]) == {"ours", "direct"}
+
+
+def test_rehearsal_of_the_gpu_run(tmp_path: Path) -> None:
+    """The benchmark part, with every stage's outcome in a file that no one takes for a GPU's."""
+    environment = {**os.environ, "LORA_ORTHO_GPU_REHEARSAL": "1", "TRITON_INTERPRET": "1"}
+    path = tmp_path / "result.json"
+    words = ["--quick", "--case", str(TINY_CASES[1]), "--backend", "reference", "--json", str(path)]
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks", *words], cwd=ROOT, env=environment, text=True,
+        capture_output=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "REHEARSAL" in done.stdout
+    assert " met" not in done.stdout
+    assert "missed" not in done.stdout
+    result = record.load(path)
+    assert result["kind"].startswith("rehearsal-")
+    found = result["peers"][0]
+    assert {"paper/ours", "stored mask/ours"} <= found["ratios"].keys()
+    assert found["refused"].keys() <= {"vllm"}

@@ -14,7 +14,7 @@ from native import ROOT, build, run
 # What an installation of the package is made from.
 SOURCES = [
     *["CMakeLists.txt", "LICENSE", "MANIFEST.in", "README.md", "pyproject.toml", "setup.py"],
-    *["cmake", "csrc", "lora_ortho", "triton_kernels"],
+    *["benchmarks", "cmake", "csrc", "lora_ortho", "triton_kernels"],
 ]
 
 
@@ -153,11 +153,14 @@ def test_wheel(tmp_path: Path) -> None:
     assert "PATH" not in dynamic
     assert "liblora_ortho" not in dynamic
     code = """
+import lora_ortho.benchmarks
 import lora_ortho.triton_kernels
 from lora_ortho import _C
-for module in (lora_ortho.triton_kernels, _C):
+for module in (lora_ortho.benchmarks, lora_ortho.triton_kernels, _C):
     assert module.__file__.startswith(sys.path[0]), module.__file__
 assert lora_ortho.backends.available()["cpu"] is None
+words = ["--quick", "--case", "16x64x96-2x4", "--dtype", "float32", "--only", "forward"]
+assert lora_ortho.benchmarks.main(words + ["--only", "memory"]) == 0
 assert lora_ortho.__version__ == _C.version() == VERSION, (lora_ortho.__version__, _C.version())
 maps = open("/proc/self/maps").read().split()
 print("libgomp:", len({word for word in maps if "libgomp" in word}))
