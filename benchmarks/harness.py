@@ -17,6 +17,7 @@ from .device import Stopwatch
 
 # Cores that others may keep busy in an undisturbed measurement.
 DISTURBED = 0.15
+_LONG = 25  # rounds
 
 
 @dataclass(frozen=True)
@@ -104,8 +105,10 @@ def _interleave(contenders: Mapping[str, Stopwatch], effort: Effort) -> Times:
     """Every round times every contender; the order turns from round to round."""
     rotations = {}
     for name, stopwatch in contenders.items():
-        stopwatch(1 if stopwatch.sets > 1 else 2)
         span = stopwatch(1) * stopwatch.sets
+        if span < _LONG * effort.round_seconds:  # a long warm-up is its own estimate
+            stopwatch(1)
+            span = stopwatch(1) * stopwatch.sets
         rotations[name] = max(1, round(effort.round_seconds / span))
     order = list(contenders)
     seconds: dict[str, list[float]] = {name: [] for name in order}

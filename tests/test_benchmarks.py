@@ -193,8 +193,8 @@ class Scripted(Stopwatch):
 
 def test_ratios_are_taken_round_by_round() -> None:
     watches = {
-        "a": Scripted([1, 1, 2.0, 4.0, 9.0]),
-        "b": Scripted([1, 1, 1.0, 4.0, 3.0]),
+        "a": Scripted([1.0, 2.0, 4.0, 9.0]),
+        "b": Scripted([1.0, 1.0, 4.0, 3.0]),
     }
     times = measure(watches, Effort(0.0, round_seconds=1e-9, least=3, tries=1))
     assert times.ratio("a", "b").median == 2.0  # of 2, 1, 3; that of the medians would be 4/3
