@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lora_ortho.backends import cpu
+from lora_ortho.backends import cpu, triton
 
 
 class Server(str):
@@ -30,3 +30,15 @@ def _servers() -> list[object]:
 
 
 SERVERS = _servers()
+
+# Triton's kernels on CPU tensors, in its interpreter: too slow to be one of SERVERS, so that the
+# tests of test_triton_*.py call what the others are put to, one by one.
+TRITON = Server("triton")
+
+
+def interpreted() -> pytest.MarkDecorator:
+    """Skips where the Triton kernels run on a GPU, as tests/gpu has them do, or not at all."""
+    reason = triton.unavailable()
+    if reason is None and not triton.interpreted():
+        reason = "the Triton kernels are compiled for the GPU here, and tests/gpu runs them"
+    return pytest.mark.skipif(reason is not None, reason=str(reason))

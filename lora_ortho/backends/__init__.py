@@ -10,17 +10,18 @@ from __future__ import annotations
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-from lora_ortho.backends import cpu, reference
+from lora_ortho.backends import cpu, reference, triton
 
 if TYPE_CHECKING:
     from lora_ortho.problem import Problem
 
-# Best first; "reference" serves everything.
-_BY_NAME: dict[str, ModuleType] = {"cpu": cpu, "reference": reference}
+_BY_NAME: dict[str, ModuleType] = {"cpu": cpu, "triton": triton, "reference": reference}
 _ABSENT = {
-    "triton": "this version of lora_ortho has no Triton kernels",
     "cuda": "this version of lora_ortho has no CUDA kernels",
 }
+# What backend=None tries for a type of device, best first. "reference" serves every problem.
+# Triton's interpreter serves CPU tensors only where it is named.
+_PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("triton", "reference")}
 NAMES = ("reference", "cpu", "triton", "cuda")
 
 
@@ -60,7 +61,8 @@ def choose(backend: str | None, problem: Problem) -> str:
     """
     check_name(backend)
     if backend is None:
-        return next(name for name in _BY_NAME if decline(name, problem) is None)
+        names = _PREFERENCE.get(problem.device, ("reference",))
+        return next(name for name in names if decline(name, problem) is None)
     reason = decline(backend, problem)
     if reason is not None:
         raise ValueError(f"backend {backend!r} cannot serve this call: {reason}")

@@ -1,0 +1,202 @@
+"""The Triton kernels: the layer's products by torch, everything of size tokens x d_out fused.
+
+Runs on NVIDIA and AMD GPUs; where Triton's interpreter is on (TRITON_INTERPRET=1), also on the CPU,
+slowly, for who asks for it by name. s = x Aᵀ, dx = ds A and dA = dsᵀ x are torch's own products, so
+they follow ``torch.backends.cuda.matmul.allow_tf32`` for float32; the kernels never use tf32.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import os
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from lora_ortho.mask_stream import seed_tensor
+from lora_ortho.problem import Place, Problem
+
+if TYPE_CHECKING:
+    from lora_ortho.triton_kernels.launch import Factors
+
+MAX_RANK = 256
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def unavailable() -> str | None:
+    """Why the kernels cannot run here; None where they can."""
+    return _reason()
+
+
+@functools.cache
+def _reason() -> str | None:
+    try:
+        importlib.import_module("triton")
+    except ImportError as error:
+        return f"triton cannot be imported: {error}"
+    if not interpreted() and not torch.cuda.is_available():
+        return "torch sees no NVIDIA or AMD GPU (torch.cuda.is_available() is False)"
+    return None
+
+
+def interpreted() -> bool:
+    """Whether Triton's interpreter stands in for a GPU, as it was when first asked."""
+    return _interpreted()
+
+
+@functools.cache
+def _interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
+
+
+# What torch.compiler.assume_constant_result sets; calling it would import torch's compiler here.
+for _function in (unavailable, interpreted):
+    setattr(_function, "_dynamo_marked_constant", True)  # noqa: B010
+
+
+def supports(problem: Problem) -> str | None:
+    """Why the kernels cannot serve a problem; None where they can."""
+    devices = ("cpu", "cuda") if interpreted() else ("cuda",)
+    if problem.device not in devices:
+        return f"x is on a {problem.device} device, and the kernels run on {' or '.join(devices)}"
+    if problem.dtype not in _DTYPES:
+        return f"x is {problem.dtype}, and the kernels take float32, bfloat16 and float16"
+    if max(problem.ranks) > MAX_RANK:
+        return f"a rank is {max(problem.ranks)}, and the kernels take ranks up to {MAX_RANK}"
+    return None
+
+
+def pack(problem: Problem, lora_A: Sequence[Tensor], lora_B: Sequence[Tensor]) -> Factors:
+    """Factors in the dtype of x, each B padded to one width; see ``backends.reference.pack``."""
+    from lora_ortho.triton_kernels.launch import Factors
+    from lora_ortho.triton_kernels.launch_config import width_of
+
+    ranks, device = problem.ranks, lora_A[0].device
+    with torch.no_grad():
+        A = torch.cat([A.to(problem.dtype) for A in lora_A])
+        shape = (len(ranks), problem.d_out, width_of(max(ranks)))
+        B = torch.zeros(shape, dtype=problem.dtype, device=device)
+        for j, rank in enumerate(ranks):
+            B[j, :, :rank] = lora_B[j]
+        table = torch.tensor(_table(problem), dtype=torch.int32, device=device)
+    rank = ranks[0] if len(set(ranks)) == 1 else 0
+    return Factors(problem.method, A, B, table, rank, sum(ranks))
+
+
+def _table(problem: Problem) -> list[list[int]]:
+    """For each adapter the lowest and the highest 32-bit word, read as int32, whose upper half is
+    one of its draws; its first column in s; its rank."""
+    from lora_ortho.triton_kernels.mask_stream import signed
+
+    rows, low, first = [], 0, 0
+    for limit, rank in zip(problem.thresholds, problem.ranks, strict=True):
+        rows.append([signed(low << 16), signed((limit << 16) - 1), first, rank])
+        first += rank
+        if problem.method == "orthogonal":
+            low = limit
+    return rows
+
+
+def forward(
+    packed: Factors,
+    x: Tensor,
+    base: Tensor | None,
+    gains: Tensor,
+    seed: int | Tensor,
+    place: Place,
+    out: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """See ``backends.reference.forward``."""
+    from lora_ortho.triton_kernels import forward as kernels
+    from lora_ortho.triton_kernels.launch import gpu_of
+
+    with torch.no_grad(), torch.autocast(x.device.type, enabled=False), _guard(x):
+        s = x @ packed.A.T
+        y = x.new_empty((x.shape[0], packed.B.shape[1])) if out is None else out
+        if y.numel():
+            key = seed_tensor(seed, x.device)
+            gpu = gpu_of(x.device)
+            kernels.forward(packed, gpu, y, base, s, gains.float(), key, place).run()
+    return y, s
+
+
+def backward(
+    packed: Factors,
+    grad: Tensor,
+    x: Tensor,
+    s: Tensor,
+    gains: Tensor,
+    seed: int | Tensor,
+    place: Place,
+    needs: tuple[bool, bool, bool, bool],
+    factor_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """See ``backends.reference.backward``."""
+    from lora_ortho.triton_kernels import backward as kernels
+    from lora_ortho.triton_kernels.launch import gpu_of
+
+    need_x, need_A, need_B, need_gains = needs
+    with torch.no_grad(), torch.autocast(x.device.type, enabled=False), _guard(x):
+        if x.shape[0] == 0:
+            return _no_gradients(packed, grad, x, gains, needs, factor_dtype)
+        dx, dgains = x.new_empty(0), gains.new_empty(0)
+        dA, dB = (x.new_empty(0, dtype=factor_dtype) for _ in "AB")
+        key = seed_tensor(seed, x.device)
+        call = (packed, gpu_of(x.device), grad, s, gains.float(), key, place)
+        if need_x or need_A or need_gains:
+            launch, ds_parts, dgain_parts = kernels.grad_s(*call)
+            launch.run()
+            ds = _total(ds_parts, x.dtype)
+            dx = ds @ packed.A if need_x else dx
+            dA = _product(ds.T, x, factor_dtype) if need_A else dA
+            dgains = dgain_parts.sum(dim=(0, 2)).to(gains.dtype) if need_gains else dgains
+        if need_B:
+            launch, dB_parts = kernels.grad_B(*call, factor_dtype)
+            launch.run()
+            dB = _total(dB_parts, factor_dtype)
+    return dx, dA, dB, dgains
+
+
+def _no_gradients(
+    packed: Factors,
+    grad: Tensor,
+    x: Tensor,
+    gains: Tensor,
+    needs: tuple[bool, bool, bool, bool],
+    factor_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of no rows: zeros."""
+    shapes = (x.shape, packed.A.shape, (packed.rank_sum * grad.shape[1],), gains.shape)
+    dtypes = (x.dtype, factor_dtype, factor_dtype, gains.dtype)
+    dx, dA, dB, dgains = (
+        x.new_zeros(shape if need else (0,), dtype=dtype)
+        for shape, dtype, need in zip(shapes, dtypes, needs, strict=True)
+    )
+    return dx, dA, dB, dgains
+
+
+def _guard(x: Tensor) -> AbstractContextManager[object]:
+    """Makes the device of x the current one, on whose current stream Triton launches."""
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+
+
+def _total(parts: Tensor, dtype: torch.dtype) -> Tensor:
+    """The sum over the first axis, in float32 and in a fixed order; rounded once."""
+    return (parts[0] if parts.shape[0] == 1 else parts.sum(dim=0)).to(dtype)
+
+
+def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """a b, accumulated in float32 and rounded once to ``dtype``."""
+    if dtype == a.dtype:
+        return a @ b
+    if a.is_cuda and dtype == torch.float32 and _WIDE_OUTPUT:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return (a.float() @ b.float()).to(dtype)
+
+
+# torch.mm writes a wider dtype than it reads since 2.8, on GPUs.
+_WIDE_OUTPUT = tuple(int(n) for n in torch.__version__.split(".")[:2]) >= (2, 8)

@@ -1,0 +1,116 @@
+"""How each kernel is launched: a pure function of the problem and the GPU, printable as it is.
+
+``python -m lora_ortho.triton_kernels.resources`` compiles every configuration that these functions
+can return and prints what it takes; docs/triton_kernels.md holds the table and the reasons.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+INTERPRETER = "interpreter"
+MIN_WIDTH = 16  # the smallest side of a tensor-core product
+MAX_RANK = 256
+HOISTED_ADAPTERS = 4
+HOISTED_WIDTH = 32
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """What the choice depends on.
+
+    Attributes:
+        arch: "sm_90", "gfx942", ...; any other name gets the defaults.
+        multiprocessors: streaming multiprocessors, or compute units.
+    """
+
+    arch: str
+    multiprocessors: int
+
+
+@dataclass(frozen=True)
+class Merge:
+    """The sizes that a choice depends on: tokens, d_out, K, the padded rank, bytes an element."""
+
+    tokens: int
+    d_out: int
+    adapters: int
+    width: int
+    itemsize: int
+
+
+@dataclass(frozen=True)
+class Forward:
+    """Tiles of ``forward_kernel``; tiles is how many of them side by side a program makes."""
+
+    block_m: int
+    block_n: int
+    tiles: int
+    chunk: int
+    hoist: bool
+    warps: int
+    max_registers: int | None
+
+
+@dataclass(frozen=True)
+class Backward:
+    """Tiles of a backward kernel; group adapters share a reading of grad, parts share a sum."""
+
+    block_m: int
+    block_n: int
+    chunk: int
+    group: int
+    parts: int
+    warps: int
+
+
+def width_of(rank: int) -> int:
+    """The rank to which factors are padded with zeros: a power of two, at least 16."""
+    return max(MIN_WIDTH, 1 << (rank - 1).bit_length())
+
+
+def _ceil(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def forward(gpu: Gpu, merge: Merge) -> Forward:
+    """The tiles of the forward kernel."""
+    hoist = merge.adapters <= HOISTED_ADAPTERS and merge.width <= HOISTED_WIDTH
+    chunk = min(merge.width, 32)
+    block_m, block_n, warps = _forward_tile(gpu.arch, merge.itemsize)
+    registers = 168 if hoist and gpu.arch == "sm_90" and merge.itemsize == 2 else None
+    rows = _ceil(merge.tokens, block_m)
+    columns = _ceil(merge.d_out, block_n)
+    # as many tiles a program as leave two programs for each multiprocessor
+    tiles = min(8, columns, max(1, rows * columns // (2 * gpu.multiprocessors)))
+    return Forward(block_m, block_n, tiles, chunk, hoist, warps, registers)
+
+
+def _forward_tile(arch: str, itemsize: int) -> tuple[int, int, int]:
+    if arch == INTERPRETER:  # whose time goes with the number of programs
+        return 32, 128, 1
+    if itemsize == 4:
+        return 32, 64, 4
+    if arch.startswith("sm_10"):  # 64 rows would take the way through tensor memory: 29 to 20
+        return 32, 64, 4
+    return 64, 64, 4
+
+
+def grad_s(gpu: Gpu, merge: Merge) -> Backward:
+    """The tiles of the kernel that sums over columns."""
+    return _backward(gpu, merge, merge.tokens, merge.d_out)
+
+
+def grad_B(gpu: Gpu, merge: Merge) -> Backward:
+    """The tiles of the kernel that sums over rows."""
+    return _backward(gpu, merge, merge.d_out, merge.tokens)
+
+
+def _backward(gpu: Gpu, merge: Merge, kept: int, summed: int) -> Backward:
+    block = 64 if merge.itemsize == 2 or gpu.arch == INTERPRETER else 32
+    chunk = min(merge.width, 64)
+    group = max(1, min(merge.adapters, 64 // merge.width))
+    programs = _ceil(kept, block) * _ceil(merge.adapters, group) * (merge.width // chunk)
+    # enough parts for two programs on each multiprocessor, of at least four tiles each
+    parts = max(1, min(_ceil(2 * gpu.multiprocessors, programs), summed // (4 * block)))
+    return Backward(block, block, chunk, group, parts, 4)

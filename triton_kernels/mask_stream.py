@@ -1,0 +1,88 @@
+"""The mask stream in Triton: Philox4x32-7 with four explicit 32-bit counters (MASK_STREAM.md)."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+ROUNDS = tl.constexpr(7)
+
+
+@triton.jit
+def draw(
+    seed: tl.tensor,
+    rows: tl.tensor,
+    groups: tl.tensor,
+    stream: tl.tensor,
+    sample: tl.tensor,
+    lane_set: tl.tensor,
+) -> tl.tensor:
+    """Draws of BLOCK_M rows and 8 · GROUPS columns, each in the upper half of a uint32.
+
+    Args:
+        seed: int64 scalar.
+        rows: (BLOCK_M,) token indices with row_offset, any integers, taken mod 2**32.
+        groups: (GROUPS,) column indices with col_offset, divided by eight, likewise.
+        stream, sample: int32 scalars, the bits of uint32.
+        lane_set: int scalar.
+    Returns:
+        uint32 (BLOCK_M, GROUPS, 8): the draw is the upper half, the lower half is arbitrary.
+    """
+    zero = tl.zeros([rows.shape[0], groups.shape[0]], dtype=tl.uint32)
+    w0, w1, w2, w3 = tl.philox(
+        seed,
+        zero + groups.to(tl.uint32)[None, :],
+        zero + rows.to(tl.uint32)[:, None],
+        zero + stream.to(tl.uint32),
+        zero + ((sample.to(tl.uint32) << 8) | lane_set),
+        ROUNDS,
+    )
+    # lane = 4 i1 + 2 i0 + half; the axis joined last runs fastest
+    words = tl.join(tl.join(w0, w2), tl.join(w1, w3))  # (BLOCK_M, GROUPS, i1, i0)
+    halves = tl.join(words << 16, words)  # (BLOCK_M, GROUPS, i1, i0, half)
+    return tl.reshape(halves, [rows.shape[0], groups.shape[0], 8])
+
+
+@triton.jit(do_not_specialize=["rows", "groups", "stream", "sample", "row", "group", "lane_set"])
+def draws_kernel(
+    out: tl.tensor,
+    seed: tl.tensor,
+    rows: tl.tensor,
+    groups: tl.tensor,
+    stream: tl.tensor,
+    sample: tl.tensor,
+    row: tl.tensor,
+    group: tl.tensor,
+    lane_set: tl.tensor,
+    BLOCK_M: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+) -> None:
+    """out (rows, 8 · groups) int32: the draws from (row, 8 · group) on; one block a program."""
+    blocks = tl.cdiv(groups, BLOCK_G)
+    m = (tl.program_id(0) // blocks).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    g = (tl.program_id(0) % blocks) * BLOCK_G + tl.arange(0, BLOCK_G)
+    u = draw(tl.load(seed), m + row, g + group, stream, sample, lane_set)
+    cols = g[:, None] * 8 + tl.arange(0, 8)[None, :]
+    inside = (m < rows)[:, None, None] & (g < groups)[None, :, None]
+    tl.store(out + m[:, None, None] * (groups * 8) + cols[None], (u >> 16).to(tl.int32), inside)
+
+
+def signed(word: int) -> int:
+    """A 32-bit word as the int32 of the same bits, the one type in which words reach kernels."""
+    word &= 0xFFFFFFFF
+    return word - (1 << 32) if word >> 31 else word
+
+
+def draws(
+    seed: Tensor, row: int, rows: int, col: int, cols: int, stream: int, sample: int, lane_set: int
+) -> Tensor:
+    """``lora_ortho.mask_stream.draws`` of ranges: int32 (rows, cols), on the device of ``seed``."""
+    first, groups = col >> 3, ((col + cols + 7) >> 3) - (col >> 3)
+    out = torch.empty((rows, 8 * groups), dtype=torch.int32, device=seed.device)
+    place = (signed(stream), signed(sample), signed(row), signed(first), lane_set)
+    if rows and cols:
+        grid = (triton.cdiv(rows, 16) * triton.cdiv(groups, 64),)
+        draws_kernel[grid](out, seed, rows, groups, *place, BLOCK_M=16, BLOCK_G=64)
+    return out[:, col - 8 * first : col - 8 * first + cols]
