@@ -48,7 +48,11 @@ typedef enum lora_ortho_status {
     LORA_ORTHO_BAD_PACKED = 14,       /* the buffer does not hold factors packed by this library */
     LORA_ORTHO_UNSUPPORTED_ISA = 15,  /* this processor or build lacks the instruction set */
     LORA_ORTHO_OUT_OF_MEMORY = 16,
-    LORA_ORTHO_INTERNAL_ERROR = 17
+    LORA_ORTHO_INTERNAL_ERROR = 17,
+    LORA_ORTHO_NO_CUDA = 18,            /* the library was built without its CUDA kernels */
+    LORA_ORTHO_NO_DEVICE = 19,          /* no NVIDIA GPU, or no driver for one */
+    LORA_ORTHO_UNSUPPORTED_DEVICE = 20, /* the current GPU is older than compute capability 8.0 */
+    LORA_ORTHO_CUDA_ERROR = 21          /* the CUDA runtime refused a launch */
 } lora_ortho_status;
 
 typedef enum lora_ortho_method {

@@ -1,0 +1,90 @@
+// Second stages of the sums: parts are added in the order of their splits.
+#pragma once
+
+#include "cuda/reduce.h"
+
+namespace lora_ortho::cuda {
+
+constexpr int kFinishThreads = 128, kFinishRows = 64;
+
+struct SumArguments {
+    const float* partial;  // [splits][size]
+    std::int64_t size;
+    std::int32_t splits;
+    Target target;
+};
+
+template <class T>  // one copy for each translation unit
+LORA_ORTHO_KERNEL(kFinishThreads)
+sum_kernel(const SumArguments p) {
+    const std::int64_t step = block_count() * kFinishThreads;
+    for (std::int64_t i = block_index() * kFinishThreads + thread_index(); i < p.size; i += step) {
+        float total = 0.0f;
+        for (int split = 0; split < p.splits; ++split) total += p.partial[split * p.size + i];
+        store_any(p.target.data, p.target.dtype, i, total);
+    }
+}
+
+// ds = gain * sum of parts; dgain_j = sum of parts * s over the ranks of j, one part for a block.
+template <class T>
+struct FinishArguments {
+    const Adapter* adapters;
+    std::int32_t adapter_count, splits;
+    const float* partial;  // [splits][rows][rank_sum]
+    const T* s;            // [rows][rank_sum]
+    const float* gains;
+    std::int64_t rows, rank_sum;
+    T* ds;           // [rows][rank_sum], or null
+    double* dgains;  // [blocks][adapters], or null
+};
+
+template <class T>
+LORA_ORTHO_KERNEL(kFinishThreads)
+finish_kernel(const FinishArguments<T> p) {
+    const Shared shared = shared_memory();
+    const int lane = thread_index();
+    const std::int64_t row0 = block_index() * kFinishRows;
+    const std::int64_t rows = p.rows - row0 < kFinishRows ? p.rows - row0 : kFinishRows;
+    for (int j = 0; j < p.adapter_count; ++j) {
+        const Adapter a = p.adapters[j];
+        const float gain = p.gains[j];
+        double dgain = 0.0;
+        for (std::int64_t e = lane; e < rows * a.rank; e += kFinishThreads) {
+            const std::int64_t at = (row0 + e / a.rank) * p.rank_sum + a.begin + e % a.rank;
+            float total = 0.0f;
+            for (int i = 0; i < p.splits; ++i) total += p.partial[i * p.rows * p.rank_sum + at];
+            if (p.ds) p.ds[at] = from_float<T>(gain * total);
+            if (p.dgains) dgain += static_cast<double>(total) * to_float(p.s[at]);
+        }
+        if (!p.dgains) continue;
+        shared.store<double>(8 * lane, dgain);
+        for (int width = kFinishThreads / 2; width > 0; width /= 2) {
+            sync_block();
+            if (lane < width) {
+                shared.store<double>(8 * lane, shared.load<double>(8 * lane) +
+                                                   shared.load<double>(8 * (lane + width)));
+            }
+        }
+        if (lane == 0) p.dgains[block_index() * p.adapter_count + j] = shared.load<double>(0);
+        sync_block();
+    }
+}
+
+struct GainArguments {
+    const double* partial;  // [blocks][adapters]
+    std::int64_t blocks;
+    std::int32_t adapter_count;
+    float* dgains;
+};
+
+template <class T>
+LORA_ORTHO_KERNEL(kFinishThreads)
+gain_kernel(const GainArguments p) {
+    for (int j = thread_index(); j < p.adapter_count; j += kFinishThreads) {
+        double total = 0.0;
+        for (std::int64_t i = 0; i < p.blocks; ++i) total += p.partial[i * p.adapter_count + j];
+        p.dgains[j] = static_cast<float>(total);
+    }
+}
+
+}  // namespace lora_ortho::cuda
