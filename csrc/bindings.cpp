@@ -1,28 +1,19 @@
 // The Python extension lora_ortho._C: raw addresses and numbers in, status codes out as exceptions.
+// The CPU half.
 // Tensors, dtypes and devices are the caller's business (lora_ortho/backends/cpu.py).
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
-
-#include <cstdint>
 #include <memory>
-#include <new>
-#include <optional>
-#include <string>
-#include <vector>
 
 #if defined(__linux__)
 #include <sys/mman.h>
 #include <unistd.h>
 #endif
 
+#include "bindings.h"
 #include "cpu/kernels.h"
-#include "lora_ortho/lora_ortho.h"
-
-namespace py = pybind11;
 
 namespace {
 
-using Address = std::uintptr_t;
+using namespace lora_ortho::bindings;
 
 struct FreeAligned {
     void operator()(void* p) const { ::operator delete(p, std::align_val_t{LORA_ORTHO_ALIGNMENT}); }
@@ -31,67 +22,6 @@ using AlignedBuffer = std::unique_ptr<void, FreeAligned>;
 
 AlignedBuffer allocate(std::size_t bytes) {
     return AlignedBuffer(::operator new(bytes, std::align_val_t{LORA_ORTHO_ALIGNMENT}));
-}
-
-void require(lora_ortho_status status) {
-    if (status == LORA_ORTHO_OK) return;
-    const char* text = lora_ortho_status_text(status);
-    if (status == LORA_ORTHO_OUT_OF_MEMORY) throw std::bad_alloc();
-    if (status == LORA_ORTHO_INTERNAL_ERROR) throw std::runtime_error(text);
-    throw py::value_error(text);
-}
-
-template <class Enum>
-struct Name {
-    const char* name;
-    Enum value;
-};
-constexpr Name<lora_ortho_method> kMethods[] = {{"orthogonal", LORA_ORTHO_ORTHOGONAL},
-                                                {"dropout", LORA_ORTHO_DROPOUT},
-                                                {"direct", LORA_ORTHO_DIRECT}};
-constexpr Name<lora_ortho_dtype> kDtypes[] = {{"float32", LORA_ORTHO_FLOAT32},
-                                              {"bfloat16", LORA_ORTHO_BFLOAT16},
-                                              {"float16", LORA_ORTHO_FLOAT16},
-                                              {"float64", LORA_ORTHO_FLOAT64}};
-constexpr Name<lora_ortho_isa> kIsas[] = {{"auto", LORA_ORTHO_ISA_AUTO},
-                                          {"baseline", LORA_ORTHO_ISA_BASELINE},
-                                          {"avx2", LORA_ORTHO_ISA_AVX2},
-                                          {"avx512", LORA_ORTHO_ISA_AVX512},
-                                          {"avx512_bf16", LORA_ORTHO_ISA_AVX512_BF16},
-                                          {"amx", LORA_ORTHO_ISA_AMX}};
-
-template <class Enum, std::size_t N>
-Enum parse(const char* what, const std::string& text, const Name<Enum> (&names)[N]) {
-    std::string known;
-    for (const auto& entry : names) {
-        if (text == entry.name) return entry.value;
-        known += known.empty() ? entry.name : std::string(", ") + entry.name;
-    }
-    throw py::value_error(std::string(what) + " is '" + text + "'; it may be one of " + known);
-}
-
-// (address, row stride, column stride); strides in elements.
-lora_ortho_matrix as_matrix(const py::tuple& t, std::int32_t dtype) {
-    return {reinterpret_cast<const void*>(t[0].cast<Address>()), t[1].cast<std::int64_t>(),
-            t[2].cast<std::int64_t>(), dtype};
-}
-
-// (address, row stride, column stride, dtype)
-std::vector<lora_ortho_matrix> as_matrices(const std::vector<py::tuple>& tuples) {
-    std::vector<lora_ortho_matrix> matrices;
-    for (const py::tuple& t : tuples) {
-        matrices.push_back(as_matrix(t, parse("dtype", t[3].cast<std::string>(), kDtypes)));
-    }
-    return matrices;
-}
-
-void* as_pointer(Address address) { return reinterpret_cast<void*>(address); }
-
-// The low 64 bits of any Python int: a negative seed is read as its two's complement.
-std::uint64_t as_seed(const py::int_& seed) {
-    const std::uint64_t value = PyLong_AsUnsignedLongLongMask(seed.ptr());
-    if (PyErr_Occurred()) throw py::error_already_set();
-    return value;
 }
 
 // What every forward and backward call ends with.
@@ -241,7 +171,7 @@ void advise_huge_pages(Address start, std::size_t bytes) {
 
 PYBIND11_MODULE(_C, m) {
     using py::arg;
-    m.doc() = "CPU kernels of lora_ortho. Addresses are ints; nothing here knows of tensors.";
+    m.doc() = "Kernels of lora_ortho. Addresses are ints; nothing here knows of tensors.";
     m.def("version", &lora_ortho_version);
     m.def("best_isa", [] { return lora_ortho_isa_name(lora_ortho_best_isa()); });
     m.def("isas", &isas, "Names of the instruction sets present here, the least first.");
@@ -252,7 +182,7 @@ PYBIND11_MODULE(_C, m) {
           "Writes the rows x cols uint16 draws, row-major, to out_ptr.");
     m.def("advise_huge_pages", &advise_huge_pages, arg("ptr"), arg("nbytes"),
           "Asks the system for huge pages in a buffer; does nothing where it has none.");
-    py::class_<Packed>(m, "Packed", "The packed factors of one layer.")
+    py::class_<Packed>(m, "Packed", py::module_local(), "The packed factors of one layer.")
         .def(py::init<const std::string&, const std::string&, std::int64_t, std::int64_t,
                       const std::vector<std::int64_t>&, const std::vector<std::uint32_t>&,
                       const std::vector<py::tuple>&, const std::vector<py::tuple>&,
@@ -269,4 +199,5 @@ PYBIND11_MODULE(_C, m) {
         .def_property_readonly("isa", &Packed::isa)
         .def_property_readonly("path", &Packed::path)
         .def_property_readonly("nbytes", &Packed::nbytes);
+    bind_cuda(m);
 }

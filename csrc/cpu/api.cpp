@@ -1,10 +1,10 @@
 // The C interface: checks every argument, lays out the packed buffer's header, calls the kernels.
-#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <new>
 
 #include "cpu/checks.h"
+#include "cpu/factor_checks.h"
 #include "cpu/isa.h"
 #include "cpu/kernels.h"
 #include "lora_ortho/lora_ortho.h"
@@ -27,52 +27,9 @@ Status guarded(Body&& body) noexcept {
 
 // ---- packed factors
 
-Status check_thresholds(const lora_ortho_factors& f) {
-    if (f.method == LORA_ORTHO_DIRECT) return LORA_ORTHO_OK;
-    LORA_ORTHO_CHECK(check_pointer(f.thresholds, alignof(std::uint32_t)));
-    std::uint32_t below = 0;
-    for (std::int32_t j = 0; j < f.adapters; ++j) {
-        const std::uint32_t threshold = f.thresholds[j];
-        if (threshold <= below || threshold > LORA_ORTHO_DRAW_LIMIT)
-            return LORA_ORTHO_BAD_THRESHOLD;
-        if (f.method == LORA_ORTHO_ORTHOGONAL) below = threshold;
-    }
-    return LORA_ORTHO_OK;
-}
-
-// Everything but the matrices.
 Status check_factors(const lora_ortho_factors* factors) {
-    if (!factors) return LORA_ORTHO_NULL_POINTER;
-    const lora_ortho_factors& f = *factors;
-    if (f.struct_version != LORA_ORTHO_STRUCT_VERSION) return LORA_ORTHO_BAD_VERSION;
-    if (!is_method(f.method)) return LORA_ORTHO_BAD_METHOD;
-    if (dtype_bytes(f.dtype) == 0) return LORA_ORTHO_BAD_DTYPE;
-    if (!find_kernels(f.isa)) return LORA_ORTHO_UNSUPPORTED_ISA;
-    if (!is_adapters(f.adapters)) return LORA_ORTHO_BAD_ADAPTERS;
-    if (f.d_in < 1 || f.d_out < 1 || f.d_out > LORA_ORTHO_COL_LIMIT) return LORA_ORTHO_BAD_SIZE;
-    LORA_ORTHO_CHECK(check_pointer(f.ranks, alignof(std::int64_t)));
-    std::int64_t most = 0;
-    for (std::int32_t j = 0; j < f.adapters; ++j) {
-        if (f.ranks[j] < 1) return LORA_ORTHO_BAD_RANK;
-        if (f.ranks[j] > kMaxRank) return LORA_ORTHO_BAD_SIZE;
-        most = std::max(most, f.ranks[j]);
-    }
-    const std::int64_t padded_rank_sum = f.adapters * (most + kMaxPadding);
-    // 2 * float64: room for a second copy in another layout.
-    if (!fits(padded_rank_sum, f.d_in, 2 * sizeof(double)) ||
-        !fits(padded_rank_sum, f.d_out, 2 * sizeof(double))) {
-        return LORA_ORTHO_BAD_SIZE;
-    }
-    return check_thresholds(f);
-}
-
-Status check_factor_matrices(const lora_ortho_factors& f) {
-    if (!f.lora_A || !f.lora_B) return LORA_ORTHO_NULL_POINTER;
-    for (std::int32_t j = 0; j < f.adapters; ++j) {
-        LORA_ORTHO_CHECK(check_matrix(f.lora_A[j], f.ranks[j], f.d_in));
-        LORA_ORTHO_CHECK(check_matrix(f.lora_B[j], f.d_out, f.ranks[j]));
-    }
-    return LORA_ORTHO_OK;
+    LORA_ORTHO_CHECK(check_factor_sizes(factors));
+    return find_kernels(factors->isa) ? LORA_ORTHO_OK : LORA_ORTHO_UNSUPPORTED_ISA;
 }
 
 // Offsets of the arrays behind the header.
@@ -148,11 +105,7 @@ Status check_call(const Header& header, const lora_ortho_call* call) {
     const lora_ortho_call& c = *call;
     if (c.struct_version != LORA_ORTHO_STRUCT_VERSION) return LORA_ORTHO_BAD_VERSION;
     if (c.tokens < 0 || c.threads < 0) return LORA_ORTHO_BAD_SIZE;
-    if (c.sample >= LORA_ORTHO_SAMPLE_LIMIT || c.row_offset < 0 || c.col_offset < 0 ||
-        c.tokens > LORA_ORTHO_ROW_LIMIT - c.row_offset ||
-        c.col_offset > LORA_ORTHO_COL_LIMIT - header.d_out) {
-        return LORA_ORTHO_BAD_COORDINATE;
-    }
+    LORA_ORTHO_CHECK(check_coordinates(c, header.d_out));
     if (!fits(c.tokens, header.d_in, sizeof(double)) ||
         !fits(c.tokens, header.d_out, sizeof(double)) ||
         !fits(c.tokens, header.padded_rank_sum, 2 * sizeof(double))) {
@@ -163,14 +116,6 @@ Status check_call(const Header& header, const lora_ortho_call* call) {
         if (!std::isfinite(c.gains[j])) return LORA_ORTHO_BAD_GAIN;
     }
     return LORA_ORTHO_OK;
-}
-
-// A (tokens, cols) matrix in the dtype of the factors.
-Status check_operand(const Header& header, const lora_ortho_call& call,
-                     const lora_ortho_matrix* matrix, std::int64_t cols) {
-    if (!matrix) return LORA_ORTHO_NULL_POINTER;
-    if (matrix->dtype != header.dtype) return LORA_ORTHO_BAD_DTYPE;
-    return call.tokens == 0 ? LORA_ORTHO_OK : check_matrix(*matrix, call.tokens, cols);
 }
 
 // Gradients of no tokens at all.
@@ -217,6 +162,11 @@ const char* lora_ortho_status_text(lora_ortho_status status) {
         case LORA_ORTHO_UNSUPPORTED_ISA: return "this processor or build lacks the instruction set";
         case LORA_ORTHO_OUT_OF_MEMORY: return "out of memory";
         case LORA_ORTHO_INTERNAL_ERROR: return "internal error";
+        case LORA_ORTHO_NO_CUDA: return "the library was built without its CUDA kernels";
+        case LORA_ORTHO_NO_DEVICE: return "no NVIDIA GPU, or no driver for one";
+        case LORA_ORTHO_UNSUPPORTED_DEVICE:
+            return "the current GPU is older than compute capability 8.0";
+        case LORA_ORTHO_CUDA_ERROR: return "the CUDA runtime refused a launch";
     }
     return "not a lora_ortho_status";
 }
@@ -273,8 +223,8 @@ lora_ortho_status lora_ortho_forward(const void* packed, size_t packed_bytes,
         const Kernels* kernels;
         LORA_ORTHO_CHECK(open_packed(packed, packed_bytes, header, kernels));
         LORA_ORTHO_CHECK(check_call(*header, call));
-        LORA_ORTHO_CHECK(check_operand(*header, *call, x, header->d_in));
-        if (base) LORA_ORTHO_CHECK(check_operand(*header, *call, base, header->d_out));
+        LORA_ORTHO_CHECK(check_operand(header->dtype, call->tokens, x, header->d_in));
+        if (base) LORA_ORTHO_CHECK(check_operand(header->dtype, call->tokens, base, header->d_out));
         if (call->tokens == 0) return LORA_ORTHO_OK;
         LORA_ORTHO_CHECK(check_pointer(y, dtype_bytes(header->dtype)));
         LORA_ORTHO_CHECK(check_pointer(s, dtype_bytes(header->dtype)));
@@ -306,8 +256,8 @@ lora_ortho_status lora_ortho_backward(const void* packed, size_t packed_bytes,
         const Kernels* kernels;
         LORA_ORTHO_CHECK(open_packed(packed, packed_bytes, header, kernels));
         LORA_ORTHO_CHECK(check_call(*header, call));
-        LORA_ORTHO_CHECK(check_operand(*header, *call, grad, header->d_out));
-        LORA_ORTHO_CHECK(check_operand(*header, *call, x, header->d_in));
+        LORA_ORTHO_CHECK(check_operand(header->dtype, call->tokens, grad, header->d_out));
+        LORA_ORTHO_CHECK(check_operand(header->dtype, call->tokens, x, header->d_in));
         if (dtype_bytes(factor_dtype) == 0) return LORA_ORTHO_BAD_DTYPE;
         const std::size_t size = dtype_bytes(factor_dtype);
         const FactorGradients factors{dA, dB, factor_dtype};

@@ -22,7 +22,6 @@ struct alignas(8) Pair {
 #else
 
 #define LORA_ORTHO_DEVICE __device__ __forceinline__
-#define LORA_ORTHO_BOTH __host__ __device__ constexpr
 #define LORA_ORTHO_KERNEL(threads) __global__ void __launch_bounds__(threads)
 
 namespace lora_ortho::cuda {

@@ -9,7 +9,7 @@
 #pragma once
 
 #include "cuda/draws.h"
-#include "cuda/layout.h"
+#include "cuda/view.h"
 
 namespace lora_ortho::cuda {
 

@@ -13,6 +13,7 @@ namespace lora_ortho::cuda {
 template <class Arguments>
 Status launch(void (*kernel)(const Arguments), std::int64_t blocks, int threads, int shared_bytes,
               void* stream, const Arguments& arguments) {
+    if (blocks == 0) return LORA_ORTHO_OK;
     if (blocks > 0x7fffffff) return LORA_ORTHO_BAD_SIZE;
     constexpr int kWithoutAsking = 48 << 10;
     if (shared_bytes > kWithoutAsking &&

@@ -16,7 +16,7 @@ constexpr std::int64_t kMaxBlockGroups = 32;
 
 // Parts into which a sum of `units` is cut so that `blocks` blocks fill the device.
 inline std::int32_t splits_for(std::int64_t blocks, std::int64_t units, std::int64_t sms) {
-    if (blocks >= sms) return 1;
+    if (blocks >= sms || blocks == 0) return 1;
     const std::int64_t wanted = ceil_div(kBlocksPerMultiprocessor * sms, blocks);
     return static_cast<std::int32_t>(
         std::max<std::int64_t>(1, std::min({wanted, units, kMaxSplits})));
@@ -71,7 +71,7 @@ struct ExpandConfig {
         }
         c.row_blocks = ceil_div(rows, c.row_warps * kWarpRows);
         const std::int64_t columns =
-            std::max<std::int64_t>(1, kBlocksPerMultiprocessor * sms / c.row_blocks);
+            std::max<std::int64_t>(1, kBlocksPerMultiprocessor * sms / std::max<std::int64_t>(1, c.row_blocks));
         c.block_groups = std::min(kMaxBlockGroups,
                                   round_up(ceil_div(groups, columns), c.stage_groups));
         c.col_blocks = ceil_div(groups, c.block_groups);

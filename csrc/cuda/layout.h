@@ -11,10 +11,19 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "cuda/numbers.h"
 #include "lora_ortho/lora_ortho.h"
 
+#if defined(__CUDACC__)
+#define LORA_ORTHO_BOTH __host__ __device__ constexpr
+#else
+#define LORA_ORTHO_BOTH constexpr
+#endif
+
 namespace lora_ortho::cuda {
+
+constexpr int kStep = 16;   // ranks of one step of a product
+constexpr int kGroup = 32;  // columns of one group: four threads with eight neighbours each
+constexpr int kTile = 8;    // ranks of one tile of s
 
 struct Adapter {
     std::uint32_t lower, limit;  // owner of a draw u: lower <= u <= limit (lower 0: dropout, direct)
@@ -28,16 +37,6 @@ struct Tile {
 };
 
 constexpr int kColumnBlock = kGroup * kStep;  // elements
-
-// Where element (column c of 32, rank k of 16) lies in a column block. The columns are permuted so
-// that the accumulators of thread (g, t) are columns 8t .. 8t + 7: tile i of four holds, at g, column
-// 8 (g / 2) + 2 i + g % 2. As many tiles as fill 16 bytes lie side by side for each thread.
-template <class T>
-LORA_ORTHO_DEVICE int column_block_index(int c, int k) {
-    constexpr int kTogether = 4 / static_cast<int>(sizeof(T));  // tiles in 16 bytes
-    const int i = c % 8 / 2, g = c / 8 * 2 + c % 2, lane = 4 * g + k / 4;
-    return ((i / kTogether * kWarp + lane) * kTogether + i % kTogether) * 4 + k % 4;
-}
 
 LORA_ORTHO_BOTH std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 LORA_ORTHO_BOTH std::int64_t round_up(std::int64_t a, std::int64_t b) { return ceil_div(a, b) * b; }
@@ -89,31 +88,6 @@ struct Layout {
     template <class V>
     const V* at(Section s, const void* packed) const {
         return reinterpret_cast<const V*>(static_cast<const char*>(packed) + section[s]);
-    }
-};
-
-// A matrix that a kernel reads. Strides in elements.
-template <class T>
-struct View {
-    const T* data;
-    std::int64_t row_stride, col_stride;
-
-    LORA_ORTHO_DEVICE const T* row(std::int64_t i) const { return data + i * row_stride; }
-    // Elements (i, j) .. (i, j + 7); zeros from column `cols` on.
-    template <bool kFast>
-    LORA_ORTHO_DEVICE Eight<T> eight(std::int64_t i, std::int64_t j, std::int64_t cols) const {
-        Eight<T> out;
-        out.clear();
-        if (kFast) {
-            if (j < cols) out = load_eight(row(i) + j);
-        } else {
-            const T* at = row(i) + j * col_stride;
-#pragma unroll
-            for (int e = 0; e < 8; ++e) {
-                if (j + e < cols) out.set_bits(e, raw_bits(at[e * col_stride]));
-            }
-        }
-        return out;
     }
 };
 

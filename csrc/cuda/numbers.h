@@ -16,9 +16,6 @@ struct Float16 {
 };
 using Float32 = float;
 
-constexpr int kStep = 16;   // ranks of one step of a product
-constexpr int kGroup = 32;  // columns of one group: four threads with eight neighbours each
-constexpr int kTile = 8;    // ranks of one tile of s
 constexpr int kWarp = 32;
 
 LORA_ORTHO_DEVICE float to_float(BFloat16 x) {
@@ -199,7 +196,9 @@ struct Right<float> {
         }
     }
 };
-LORA_ORTHO_DEVICE Four multiply(const Left<float>& a, const Right<float>& b, Four c) {
+// Tensor cores cut sums off: the small products are summed apart, and all is added outside.
+LORA_ORTHO_DEVICE Four multiply(const Left<float>& a, const Right<float>& b, const Four& c) {
+    Four large = {}, small = {};
 #pragma unroll
     for (int q = 0; q < 2; ++q) {
         const std::uint32_t high[4] = {a.a[q][0].high, a.a[q][1].high, a.a[q][2].high,
@@ -207,11 +206,14 @@ LORA_ORTHO_DEVICE Four multiply(const Left<float>& a, const Right<float>& b, Fou
         const std::uint32_t low[4] = {a.a[q][0].low, a.a[q][1].low, a.a[q][2].low, a.a[q][3].low};
         const std::uint32_t b_high[2] = {b.b[q][0].high, b.b[q][1].high};
         const std::uint32_t b_low[2] = {b.b[q][0].low, b.b[q][1].low};
-        c = mma_tf32(low, b_high, c);
-        c = mma_tf32(high, b_low, c);
-        c = mma_tf32(high, b_high, c);
+        small = mma_tf32(low, b_high, small);
+        small = mma_tf32(high, b_low, small);
+        large = mma_tf32(high, b_high, large);
     }
-    return c;
+    Four d;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) d.v[i] = c.v[i] + (large.v[i] + small.v[i]);
+    return d;
 }
 
 }  // namespace lora_ortho::cuda

@@ -1,7 +1,7 @@
 // Factors of any dtype and layout into the sections of layout.h, one launch for each adapter.
 #pragma once
 
-#include "cuda/layout.h"
+#include "cuda/view.h"
 
 namespace lora_ortho::cuda {
 

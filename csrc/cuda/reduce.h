@@ -227,13 +227,7 @@ reduce_kernel(const ReduceArguments<T> p) {
 #pragma unroll
                 for (int m = 0; m < 2; ++m) {
                     const Left<T> left(x[m][half][0], x[m][half][1]);
-                    if constexpr (sizeof(T) == 4) {
-                        const Four part = multiply(left, right, Four{});
-#pragma unroll
-                        for (int e = 0; e < 4; ++e) sum[m][i].v[e] += part.v[e];
-                    } else {
-                        sum[m][i] = multiply(left, right, sum[m][i]);
-                    }
+                    sum[m][i] = multiply(left, right, sum[m][i]);
                 }
             }
         }

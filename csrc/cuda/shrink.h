@@ -7,7 +7,7 @@
 #pragma once
 
 #include "cuda/draws.h"
-#include "cuda/layout.h"
+#include "cuda/view.h"
 
 namespace lora_ortho::cuda {
 
@@ -126,14 +126,7 @@ shrink_kernel(const ShrinkArguments<T> p) {
 #pragma unroll
                 for (int m = 0; m < 2; ++m) {
                     const Left<T> left(half_of(x[2 * m], half), half_of(x[2 * m + 1], half));
-                    if constexpr (sizeof(T) == 4) {
-                        // Tensor cores truncate as they add: long sums are kept outside.
-                        const Four part = multiply(left, right, Four{});
-#pragma unroll
-                        for (int e = 0; e < 4; ++e) sum[m][i].v[e] += part.v[e];
-                    } else {
-                        sum[m][i] = multiply(left, right, sum[m][i]);
-                    }
+                    sum[m][i] = multiply(left, right, sum[m][i]);
                 }
             }
         }

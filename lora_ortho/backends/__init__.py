@@ -10,26 +10,26 @@ from __future__ import annotations
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-from lora_ortho.backends import cpu, reference, triton
+from lora_ortho.backends import cpu, cuda, reference, triton
 
 if TYPE_CHECKING:
     from lora_ortho.problem import Problem
 
-_BY_NAME: dict[str, ModuleType] = {"cpu": cpu, "triton": triton, "reference": reference}
-_ABSENT = {
-    "cuda": "this version of lora_ortho has no CUDA kernels",
+_BY_NAME: dict[str, ModuleType] = {
+    "reference": reference,
+    "cpu": cpu,
+    "triton": triton,
+    "cuda": cuda,
 }
+NAMES = tuple(_BY_NAME)
 # What backend=None tries for a type of device, best first. "reference" serves every problem.
 # Triton's interpreter serves CPU tensors only where it is named.
-_PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("triton", "reference")}
-NAMES = ("reference", "cpu", "triton", "cuda")
+_PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("triton", "cuda", "reference")}
 
 
 def available() -> dict[str, str | None]:
     """Every backend by name: None where it works on this machine, else the reason why not."""
-    return {
-        name: _BY_NAME[name].unavailable() if name in _BY_NAME else _ABSENT[name] for name in NAMES
-    }
+    return {name: backend.unavailable() for name, backend in _BY_NAME.items()}
 
 
 def check_name(backend: str | None) -> None:
@@ -45,8 +45,6 @@ def get(name: str) -> ModuleType:
 
 def decline(name: str, problem: Problem) -> str | None:
     """Why a backend cannot serve a problem; None where it can."""
-    if name not in _BY_NAME:
-        return _ABSENT[name]
     reason: str | None = get(name).unavailable() or get(name).supports(problem)
     return reason
 

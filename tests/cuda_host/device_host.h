@@ -10,7 +10,6 @@
 #include <type_traits>
 
 #define LORA_ORTHO_DEVICE inline
-#define LORA_ORTHO_BOTH constexpr
 #define LORA_ORTHO_KERNEL(threads) static void
 
 namespace lora_ortho::cuda {

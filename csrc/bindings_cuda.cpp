@@ -1,0 +1,150 @@
+// The CUDA half of lora_ortho._C (lora_ortho/backends/cuda.py). Buffers are the caller's, in device
+// memory; streams are addresses.
+#include "lora_ortho/cuda.h"
+
+#include "bindings.h"
+
+namespace lora_ortho::bindings {
+namespace {
+
+// Sizes and masks of one layer: what every CUDA call takes beside the packed buffer.
+class CudaFactors {
+public:
+    CudaFactors(const std::string& method, const std::string& dtype, std::int64_t d_in,
+                std::int64_t d_out, std::vector<std::int64_t> ranks,
+                std::vector<std::uint32_t> thresholds)
+        : ranks_(std::move(ranks)), thresholds_(std::move(thresholds)) {
+        factors_.struct_version = LORA_ORTHO_STRUCT_VERSION;
+        factors_.method = parse("method", method, kMethods);
+        factors_.dtype = parse("dtype", dtype, kDtypes);
+        factors_.adapters = static_cast<std::int32_t>(ranks_.size());
+        factors_.d_in = d_in;
+        factors_.d_out = d_out;
+        factors_.ranks = ranks_.data();
+        factors_.thresholds = thresholds_.data();
+        if (factors_.method != LORA_ORTHO_DIRECT && thresholds_.size() != ranks_.size()) {
+            throw py::value_error("ranks and thresholds differ in length");
+        }
+        require(lora_ortho_cuda_pack_bytes(&factors_, &bytes_));
+    }
+    CudaFactors(const CudaFactors&) = delete;
+
+    void pack(const std::vector<py::tuple>& lora_A, const std::vector<py::tuple>& lora_B,
+              Address packed, Address cuda_stream) const {
+        const std::vector<lora_ortho_matrix> A = as_matrices(lora_A), B = as_matrices(lora_B);
+        if (A.size() != ranks_.size() || B.size() != ranks_.size()) {
+            throw py::value_error("ranks, lora_A and lora_B differ in length");
+        }
+        lora_ortho_factors factors = factors_;
+        factors.lora_A = A.data();
+        factors.lora_B = B.data();
+        const py::gil_scoped_release release;
+        require(lora_ortho_cuda_pack(&factors, as_pointer(packed), bytes_, as_pointer(cuda_stream)));
+    }
+
+    std::size_t forward_bytes(std::int64_t tokens) const {
+        std::size_t bytes = 0;
+        const lora_ortho_cuda_call call = sizes(tokens);
+        require(lora_ortho_cuda_forward_bytes(&factors_, &call, &bytes));
+        return bytes;
+    }
+    std::size_t backward_bytes(std::int64_t tokens) const {
+        std::size_t bytes = 0;
+        const lora_ortho_cuda_call call = sizes(tokens);
+        require(lora_ortho_cuda_backward_bytes(&factors_, &call, &bytes));
+        return bytes;
+    }
+
+    void forward(Address packed, const py::tuple& x, const std::optional<py::tuple>& base,
+                 Address y, Address s, Address workspace, std::size_t workspace_bytes,
+                 const py::tuple& call_tuple) const {
+        const lora_ortho_cuda_call call = as_call(call_tuple);
+        const lora_ortho_matrix x_matrix = as_matrix(x, factors_.dtype);
+        const lora_ortho_matrix base_matrix =
+            base ? as_matrix(*base, factors_.dtype) : lora_ortho_matrix{};
+        const py::gil_scoped_release release;
+        require(lora_ortho_cuda_forward(&factors_, as_pointer(packed), bytes_, &call, &x_matrix,
+                                        base ? &base_matrix : nullptr, as_pointer(y),
+                                        as_pointer(s), as_pointer(workspace), workspace_bytes));
+    }
+
+    void backward(Address packed, const py::tuple& grad, const py::tuple& x, Address s, Address dx,
+                  Address dA, Address dB, const std::string& factor_dtype, Address dgains,
+                  Address workspace, std::size_t workspace_bytes,
+                  const py::tuple& call_tuple) const {
+        const lora_ortho_cuda_call call = as_call(call_tuple);
+        const lora_ortho_matrix grad_matrix = as_matrix(grad, factors_.dtype);
+        const lora_ortho_matrix x_matrix = as_matrix(x, factors_.dtype);
+        const lora_ortho_dtype factor = parse("factor_dtype", factor_dtype, kDtypes);
+        const py::gil_scoped_release release;
+        require(lora_ortho_cuda_backward(
+            &factors_, as_pointer(packed), bytes_, &call, &grad_matrix, &x_matrix, as_pointer(s),
+            as_pointer(dx), as_pointer(dA), as_pointer(dB), factor,
+            static_cast<float*>(as_pointer(dgains)), as_pointer(workspace), workspace_bytes));
+    }
+
+    std::size_t nbytes() const { return bytes_; }
+
+private:
+    // (tokens, gains address, seed, seed address, stream, sample, row_offset, col_offset, CUDA stream)
+    static lora_ortho_cuda_call as_call(const py::tuple& t) {
+        lora_ortho_cuda_call call{};
+        call.struct_version = LORA_ORTHO_STRUCT_VERSION;
+        call.tokens = t[0].cast<std::int64_t>();
+        call.gains = static_cast<const float*>(as_pointer(t[1].cast<Address>()));
+        call.seed = as_seed(t[2].cast<py::int_>());
+        call.seed_pointer = static_cast<const std::uint64_t*>(as_pointer(t[3].cast<Address>()));
+        call.stream = t[4].cast<std::uint32_t>();
+        call.sample = t[5].cast<std::uint32_t>();
+        call.row_offset = t[6].cast<std::int64_t>();
+        call.col_offset = t[7].cast<std::int64_t>();
+        call.cuda_stream = as_pointer(t[8].cast<Address>());
+        return call;
+    }
+    // A call of which only the number of tokens matters.
+    lora_ortho_cuda_call sizes(std::int64_t tokens) const {
+        static const float kNoGains = 0.0f;
+        lora_ortho_cuda_call call{};
+        call.struct_version = LORA_ORTHO_STRUCT_VERSION;
+        call.tokens = tokens;
+        call.gains = &kNoGains;
+        return call;
+    }
+
+    std::vector<std::int64_t> ranks_;
+    std::vector<std::uint32_t> thresholds_;
+    lora_ortho_factors factors_{};
+    std::size_t bytes_ = 0;
+};
+
+// Why the kernels cannot run on the current device, or None.
+std::optional<std::string> cuda_unavailable() {
+    const lora_ortho_status status = lora_ortho_cuda_available();
+    if (status == LORA_ORTHO_OK) return std::nullopt;
+    return lora_ortho_status_text(status);
+}
+
+}  // namespace
+
+void bind_cuda(py::module_& m) {
+    using py::arg;
+    m.def("cuda_unavailable", &cuda_unavailable,
+          "Why the CUDA kernels cannot run on the current device; None where they can.");
+    py::class_<CudaFactors>(m, "CudaFactors", py::module_local(),
+                            "Sizes and masks of one layer for the CUDA kernels.")
+        .def(py::init<const std::string&, const std::string&, std::int64_t, std::int64_t,
+                      std::vector<std::int64_t>, std::vector<std::uint32_t>>(),
+             arg("method"), arg("dtype"), arg("d_in"), arg("d_out"), arg("ranks"),
+             arg("thresholds"))
+        .def("pack", &CudaFactors::pack, arg("A"), arg("B"), arg("packed_ptr"), arg("cuda_stream"))
+        .def("forward_bytes", &CudaFactors::forward_bytes, arg("tokens"))
+        .def("backward_bytes", &CudaFactors::backward_bytes, arg("tokens"))
+        .def("forward", &CudaFactors::forward, arg("packed_ptr"), arg("x"), arg("base"),
+             arg("y_ptr"), arg("s_ptr"), arg("workspace_ptr"), arg("workspace_bytes"), arg("call"))
+        .def("backward", &CudaFactors::backward, arg("packed_ptr"), arg("grad"), arg("x"),
+             arg("s_ptr"), arg("dx_ptr"), arg("dA_ptr"), arg("dB_ptr"), arg("factor_dtype"),
+             arg("dgains_ptr"), arg("workspace_ptr"), arg("workspace_bytes"), arg("call"))
+        .def_property_readonly("nbytes", &CudaFactors::nbytes);
+}
+
+}  // namespace lora_ortho::bindings

@@ -1,0 +1,185 @@
+"""The compiled CUDA kernels: raw device addresses into :mod:`lora_ortho._C`."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lora_ortho.problem import Place, Problem
+
+_C: Any = None
+_REASON: str | None = None
+try:
+    _C = importlib.import_module("lora_ortho._C")
+except ImportError as error:
+    _REASON = f"lora_ortho was installed without its compiled kernels: {error}"
+
+# Where the kernels run; the tests run them on the CPU.
+_DEVICE = "cuda"
+
+_DTYPE_NAMES = {
+    torch.float32: "float32",
+    torch.bfloat16: "bfloat16",
+    torch.float16: "float16",
+    torch.float64: "float64",
+}
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_MASK = (1 << 64) - 1
+
+
+class Packed(NamedTuple):
+    """Factors in the kernels' layout, and the sizes of what they make."""
+
+    native: Any  # lora_ortho._C.CudaFactors
+    buffer: Tensor  # uint8, on the device
+    d_out: int
+    rank_sum: int
+
+
+def unavailable() -> str | None:
+    """Why the kernels cannot run here; None where they can."""
+    if _REASON is not None:
+        return _REASON
+    reason: str | None = _C.cuda_unavailable()
+    return reason
+
+
+def supports(problem: Problem) -> str | None:
+    """Why the kernels cannot serve a problem; None where they can."""
+    if problem.device != _DEVICE:
+        return f"x is on a {problem.device} device, and the kernels run on NVIDIA GPUs"
+    if problem.dtype not in _DTYPES:
+        return f"the CUDA kernels serve float32, bfloat16 and float16, not {problem.dtype}"
+    return None
+
+
+def pack(problem: Problem, lora_A: Sequence[Tensor], lora_B: Sequence[Tensor]) -> Packed:
+    """Factors in the kernels' own layout and compute dtype; see ``backends.reference.pack``."""
+    lora_A, lora_B = ([t.detach().resolve_neg() for t in fs] for fs in (lora_A, lora_B))
+    native = _C.CudaFactors(
+        problem.method,
+        _DTYPE_NAMES[problem.dtype],
+        problem.d_in,
+        problem.d_out,
+        list(problem.ranks),
+        list(problem.thresholds),
+    )
+    device = lora_A[0].device
+    with _current(device):
+        buffer = torch.empty(native.nbytes, dtype=torch.uint8, device=device)
+        native.pack(
+            [(*_matrix(A), _DTYPE_NAMES[A.dtype]) for A in lora_A],
+            [(*_matrix(B), _DTYPE_NAMES[B.dtype]) for B in lora_B],
+            buffer.data_ptr(),
+            _stream(device),
+        )
+    return Packed(native, buffer, problem.d_out, sum(problem.ranks))
+
+
+def forward(
+    packed: Packed,
+    x: Tensor,
+    base: Tensor | None,
+    gains: Tensor,
+    seed: int | Tensor,
+    place: Place,
+    out: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """See ``backends.reference.forward``."""
+    tokens, device = x.shape[0], x.device
+    with _current(device):
+        gains = gains.to(torch.float32)
+        y = x.new_empty((tokens, packed.d_out)) if out is None else out
+        s = x.new_empty((tokens, packed.rank_sum))
+        workspace = _workspace(packed.native.forward_bytes(tokens), device)
+        packed.native.forward(
+            packed.buffer.data_ptr(),
+            _matrix(x),
+            None if base is None else _matrix(base),
+            y.data_ptr(),
+            s.data_ptr(),
+            workspace.data_ptr(),
+            workspace.numel(),
+            _call(tokens, gains, seed, place, device),
+        )
+    return y, s
+
+
+def backward(
+    packed: Packed,
+    grad: Tensor,
+    x: Tensor,
+    s: Tensor,
+    gains: Tensor,
+    seed: int | Tensor,
+    place: Place,
+    needs: tuple[bool, bool, bool, bool],
+    factor_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """See ``backends.reference.backward``."""
+    rank_sum, device = s.shape[1], x.device
+    shapes = (x.shape, (rank_sum, x.shape[1]), (grad.shape[1] * rank_sum,), gains.shape)
+    dtypes = (x.dtype, factor_dtype, factor_dtype, torch.float32)
+    with _current(device):
+        outputs = [
+            torch.empty(shape if needed else (0,), dtype=dtype, device=device)
+            for shape, dtype, needed in zip(shapes, dtypes, needs, strict=True)
+        ]
+        dx, dA, dB, dgains = (
+            out.data_ptr() if need else 0 for out, need in zip(outputs, needs, strict=True)
+        )
+        workspace = _workspace(packed.native.backward_bytes(x.shape[0]), device)
+        wide_gains = gains.to(torch.float32)
+        packed.native.backward(
+            packed.buffer.data_ptr(),
+            _matrix(grad),
+            _matrix(x),
+            s.data_ptr(),
+            dx,
+            dA,
+            dB,
+            _DTYPE_NAMES[factor_dtype],
+            dgains,
+            workspace.data_ptr(),
+            workspace.numel(),
+            _call(x.shape[0], wide_gains, seed, place, device),
+        )
+    return outputs[0], outputs[1], outputs[2], outputs[3].to(gains.dtype)
+
+
+def _call(
+    tokens: int, gains: Tensor, seed: int | Tensor, place: Place, device: torch.device
+) -> tuple[int, ...]:
+    """What every call ends with; a seed tensor is read by the kernels, on the device."""
+    by_value = isinstance(seed, int)
+    return (
+        tokens,
+        gains.data_ptr(),
+        seed & _MASK if by_value else 0,
+        0 if by_value else seed.data_ptr(),
+        *place,
+        _stream(device),
+    )
+
+
+def _workspace(nbytes: int, device: torch.device) -> Tensor:
+    return torch.empty(nbytes, dtype=torch.uint8, device=device)
+
+
+def _matrix(tensor: Tensor) -> tuple[int, int, int]:
+    return (tensor.data_ptr(), *tensor.stride())  # type: ignore[return-value]
+
+
+def _stream(device: torch.device) -> int:
+    """Address of torch's current stream on a device."""
+    return int(torch.cuda.current_stream(device).cuda_stream) if device.type == "cuda" else 0
+
+
+def _current(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """Makes a GPU the current one: the kernels run on it."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
