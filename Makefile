@@ -3,9 +3,11 @@
 # make gpu tests and measures on a GPU.
 #   PYTHON=python3.12   the interpreter to start from
 #   VENV=folder         the environment; .venv unless given
+#   JOBS=4              processes that run tests; 2 unless given
 
 PYTHON ?= python3
 VENV ?= .venv
+JOBS ?= 2
 BIN := $(VENV)/bin
 # Here, a build without the compiled kernels is an error and not a warning.
 export LORA_ORTHO_REQUIRE_NATIVE ?= 1
@@ -33,7 +35,7 @@ demo: $(VENV)/demo.stamp
 	$(BIN)/python examples/demo.py
 
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup
 
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check $(wildcard $(CHECKED))

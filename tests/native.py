@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import subprocess
 import sys
@@ -43,6 +44,10 @@ def run(
 @cache
 def build(preset: str) -> Path:
     """Configures and builds a preset of CMakePresets.json, once; its build folder."""
-    run(["cmake", "--preset", preset, "--fresh"])
-    run(["cmake", "--build", "--preset", preset])
-    return ROOT / "build" / preset
+    folder = ROOT / "build" / preset
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:  # tests run in several processes
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        run(["cmake", "--preset", preset, "--fresh"])
+        run(["cmake", "--build", "--preset", preset])
+    return folder

@@ -16,6 +16,7 @@ SOURCES = [
     *["CMakeLists.txt", "LICENSE", "MANIFEST.in", "README.md", "pyproject.toml", "setup.py"],
     *["benchmarks", "cmake", "csrc", "lora_ortho", "triton_kernels"],
 ]
+pytestmark = pytest.mark.xdist_group("consumers")  # one process installs
 
 
 @pytest.fixture(scope="module")

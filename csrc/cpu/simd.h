@@ -216,8 +216,9 @@ LORA_ORTHO_INLINE void store_compute<bfloat16, float>(bfloat16* p, Vec<float> fi
 // 64-bit products of the low halves of 64-bit lanes.
 LORA_ORTHO_INLINE Vec<std::uint64_t> mul_wide(Vec<std::uint64_t> a, Vec<std::uint64_t> b) {
 #if defined(__AVX512F__)
+    // The form with a mask of ones: GCC 12 warns about its own header in the form without.
     return reinterpret_cast<Vec<std::uint64_t>>(
-        _mm512_mul_epu32(reinterpret_cast<__m512i>(a), reinterpret_cast<__m512i>(b)));
+        _mm512_maskz_mul_epu32(0xff, reinterpret_cast<__m512i>(a), reinterpret_cast<__m512i>(b)));
 #elif defined(__AVX2__)
     return reinterpret_cast<Vec<std::uint64_t>>(
         _mm256_mul_epu32(reinterpret_cast<__m256i>(a), reinterpret_cast<__m256i>(b)));
