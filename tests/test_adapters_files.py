@@ -76,7 +76,8 @@ def test_name_that_no_system_takes(tmp_path: Path) -> None:
 
 def test_file_in_place_of_a_folder(tmp_path: Path) -> None:
     file = write(tmp_path / "x") / "adapter_model.safetensors"
-    refused(file, "expected a folder", "adapter_config.json")
+    refused(file, "PEFT's key", "scaling is in adapter_config.json: load the folder")
+    refused(file.rename(tmp_path / "x.txt"), "expected a folder", "or a .safetensors file")
 
 
 @pytest.mark.parametrize("name", ["x.bin", "x.pt", "x.ckpt", "x.pkl", "x.PTH"])
@@ -160,7 +161,7 @@ def changed(**fields: Any) -> bytes:
         (changed(shape=[2, True]), "not a list of sizes", A_KEY),
         (changed(shape=[2.0, 3]), "not a list of sizes", A_KEY),
         (changed(shape=6), "not a list of sizes", A_KEY),
-        (changed(shape=[6]), "expected 2 dimensions", A_KEY),
+        (changed(shape=[6]), "expected 2 to 5 dimensions", A_KEY),
         (changed(shape=[3, 2]), "rank 3, but adapter_config.json says 2", A_KEY),
         (changed(data_offsets=[0, 23]), "needs 24 bytes, data_offsets give 23", A_KEY),
         (changed(data_offsets=[-24, 0]), "not two positions", A_KEY),
@@ -215,8 +216,8 @@ BIAS_KEY = f"{PREFIX}a.lora_B.bias"
         (A_KEY, None, "missing"),
         (B_KEY, None, "missing"),
         (A_KEY, torch.ones(3, 3), "rank 3, but adapter_config.json says 2"),
-        (B_KEY, torch.ones(4, 3), "rank 3, but lora_A and adapter_config.json have 2"),
-        (A_KEY, torch.ones(2, 3, 1, 1), "expected 2 dimensions"),
+        (B_KEY, torch.ones(4, 3), "rank 3, but lora_A has 2"),
+        (A_KEY, torch.ones(2), "expected 2 to 5 dimensions"),
         (A_KEY, torch.ones(2, 0), "none of them 0"),
         (B_KEY, torch.full((4, 2), math.nan), "holds NaN"),
         (B_KEY, torch.full((4, 2), -math.inf), "holds infinity"),
@@ -256,7 +257,11 @@ def test_model_without_the_layer(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("layer", "part"),
-    [(nn.Linear(5, 4), "takes 3 features to 4"), (nn.Conv1d(3, 4, 1), "not a linear layer")],
+    [
+        (nn.Linear(5, 4), "takes 3 features to 4"),
+        (nn.Conv1d(3, 4, 2), "kernel of 2"),
+        (nn.Embedding(3, 4), "not a linear layer"),
+    ],
 )
 def test_model_with_another_layer(tmp_path: Path, layer: nn.Module, part: str) -> None:
     model = small_model()

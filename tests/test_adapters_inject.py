@@ -185,7 +185,11 @@ def without(model: Model) -> None:
 
 
 def convolution(model: Model) -> None:
-    model.block(1)["up"] = nn.Conv1d(6, 10, 1)
+    model.block(1)["up"] = nn.Conv1d(6, 10, 2)
+
+
+def embedding(model: Model) -> None:
+    model.block(1)["up"] = nn.Embedding(6, 10)
 
 
 def wider(model: Model) -> None:
@@ -204,8 +208,9 @@ def adapted(model: Model) -> None:
     ("change", "part"),
     [
         (without, "'one' adapts blocks.1.up, which the model does not have"),
-        (convolution, "'one' adapts blocks.1.up, a Conv1d"),
-        (wider, "takes 6 features to 10 on blocks.1.up, the layer 7 to 10"),
+        (convolution, "6 features to 10 on blocks.1.up, .* 6 features to 10 with a kernel of 2"),
+        (embedding, "'one' adapts blocks.1.up, a Embedding; it must be a linear layer"),
+        (wider, "takes 6 features to 10 on blocks.1.up, the layer takes 7 features to 10"),
         (shared, "blocks.0.up is shared: it is also blocks.1.up"),
         (adapted, "blocks.0.up is adapted already"),
     ],

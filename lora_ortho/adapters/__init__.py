@@ -5,7 +5,8 @@ from __future__ import annotations
 from .attach import Attachment, attach, detach
 from .errors import AdapterFileError
 from .inject import Injection, inject
-from .peft_folder import LoadedAdapter, load_adapter
+from .load import load_adapter
+from .loaded import LoadedAdapter
 from .report import LayerReport
 from .streams import assign_streams
 

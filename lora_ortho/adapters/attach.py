@@ -24,8 +24,8 @@ from .peft_checks import (
     tuner_layers,
     warn_of_changed_bases,
 )
-from .peft_layers import LayerMerge, Settings, served_how
-from .report import SKIPPED, Handle, LayerReport
+from .peft_layers import LayerMerge, Settings
+from .report import SKIPPED, Handle, LayerReport, served_how
 
 _KEEP: Any = object()  # "leave this setting as it is"; None means something else
 
@@ -216,5 +216,5 @@ def _check(settings: Settings, members: Mapping[str, tuple[str, ...]]) -> None:
 def _report(entry: Named, names: tuple[str, ...], settings: Settings) -> LayerReport:
     layer: Any = entry.module
     ranks = tuple(layer.r[name] for name in names)
-    how, why = served_how(layer)
+    how, why = served_how(layer.base_layer)
     return LayerReport(entry.name, entry.stream, names, ranks, settings.rates(names), how, why)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from math import prod
 from types import MappingProxyType
 from typing import Any
 
@@ -13,9 +14,11 @@ from lora_ortho.mask_stream import SAMPLE_LIMIT, check_in_range, seed_tensor
 from lora_ortho.module import Adapter, FusedOrthoLoRALinear
 from lora_ortho.problem import finite_numbers
 
-from .peft_folder import LoadedAdapter
-from .report import Handle, LayerReport
-from .streams import assign_streams
+from .components import Named, components, named
+from .convolution import OrthoLoRAConvolution
+from .loaded import LoadedAdapter
+from .report import Handle, LayerReport, served_how
+from .targets import Shape, shape_of
 
 # Modules that read the weights of their linear layers instead of calling them.
 _BYPASSING = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
@@ -33,7 +36,7 @@ class Injection(Handle):
 
     def __init__(
         self,
-        model: nn.Module,
+        model: Any,
         layers: dict[str, FusedOrthoLoRALinear],
         members: dict[str, tuple[int, ...]],
         report: tuple[LayerReport, ...],
@@ -106,7 +109,7 @@ class Injection(Handle):
 
 
 def inject(
-    model: nn.Module,
+    model: Any,
     adapters: Sequence[LoadedAdapter],
     *,
     p: Sequence[float] | None = None,
@@ -115,13 +118,14 @@ def inject(
     seed: int | None = None,
     backend: str | None = None,
 ) -> Injection:
-    """Replaces every adapted nn.Linear of a model by a `FusedOrthoLoRALinear`, in place.
+    """Replaces every adapted linear layer and convolution of a model by a fused one, in place.
 
     Factors move to the device of the layer they adapt and keep their dtype. A layer's masks depend
     on its qualified name, the seed and the sample, not on which other layers are adapted.
 
     Args:
-        model: any torch module that has the adapters' layers under their names.
+        model: any torch module that has the adapters' layers under their names, or a diffusers
+            pipeline whose parts have.
         adapters: from `load_adapter`; their order is the merge order.
         p: a dropout rate for each adapter; None gives 1 - 1/K on a layer that K of them adapt.
         weights: a merge weight for each adapter; None is 1.
@@ -132,46 +136,37 @@ def inject(
         TypeError, ValueError: an argument or a layer that does not fit, by name; then the model is
             as it was.
     """
-    adapters = _checked(model, adapters)
+    adapters = _checked(adapters)
+    modules = _modules(model)
     rates = None if p is None else finite_numbers("p", p, len(adapters))
     merge_weights = finite_numbers("weights", weights, len(adapters))
-    streams = assign_streams(name for name, _ in model.named_modules(remove_duplicate=False))
     layers: dict[str, FusedOrthoLoRALinear] = {}
     members: dict[str, tuple[int, ...]] = {}
     report = []
     for name in sorted({name for adapter in adapters for name in adapter.layers}):
         chosen = tuple(j for j, adapter in enumerate(adapters) if name in adapter.layers)
-        base = _linear(model, name, adapters[chosen[0]].name)
+        site, shape = _site(modules, name, adapters[chosen[0]].name)
         default = 1.0 - 1.0 / len(chosen)
         found = [
-            _placed(adapters[j], name, base, merge_weights[j], rates[j] if rates else default)
+            _placed(adapters[j], site, shape, merge_weights[j], rates[j] if rates else default)
             for j in chosen
         ]
+        kind: Any = OrthoLoRAConvolution if shape.kernel else FusedOrthoLoRALinear
         try:
-            layers[name] = FusedOrthoLoRALinear(
-                base, found, method=method, seed=seed, stream=streams[name], backend=backend
+            layers[name] = kind(
+                site.module, found, method=method, seed=seed, stream=site.stream, backend=backend
             )
         except ValueError as error:
             raise ValueError(f"layer {name}: {error}") from error
-        layers[name].train(base.training)
+        layers[name].train(site.module.training)
         members[name] = chosen
-        report.append(
-            LayerReport(
-                name,
-                streams[name],
-                tuple(str(a.name) for a in found),
-                tuple(a.lora_A.shape[0] for a in found),
-                tuple(float(a.p or 0.0) for a in found),
-            )
-        )
+        report.append(_report(site, found))
     for name, layer in layers.items():
         _put(model, name, layer)
     return Injection(model, layers, members, tuple(report))
 
 
-def _checked(model: object, adapters: object) -> list[LoadedAdapter]:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch module, got {type(model).__name__}")
+def _checked(adapters: object) -> list[LoadedAdapter]:
     if isinstance(adapters, LoadedAdapter) or not isinstance(adapters, Sequence):
         kind = type(adapters).__name__
         raise TypeError(f"adapters must be a list of what load_adapter returns, got {kind}")
@@ -181,52 +176,76 @@ def _checked(model: object, adapters: object) -> list[LoadedAdapter]:
             raise TypeError(f"adapters[{j}] must come from load_adapter, got {kind}")
     if not adapters:
         raise ValueError("adapters must hold at least one adapter, got none")
-    for name, module in model.named_modules():
-        if isinstance(module, FusedOrthoLoRALinear):
-            raise ValueError(f"model: {name} is adapted already; detach it first")
     return list(adapters)
 
 
-def _find(model: nn.Module, name: str) -> nn.Module | None:
-    try:
-        return model.get_submodule(name)
-    except AttributeError:
-        return None
+def _modules(model: object) -> dict[str, Named]:
+    """Every module of a model or pipeline by its qualified name."""
+    modules = {entry.name: entry for entry in named(components(model))}
+    for name, entry in modules.items():
+        if isinstance(entry.module, FusedOrthoLoRALinear):
+            raise ValueError(f"model: {name} is adapted already; detach it first")
+    return modules
 
 
-def _put(model: nn.Module, name: str, module: nn.Module) -> None:
+def _parent(model: object, name: str) -> tuple[nn.Module, str]:
+    """The module that holds the one of that name, and its name there."""
+    parts = components(model)
+    root = parts.get("")
+    if root is None:
+        part, _, name = name.partition(".")
+        root = parts[part]
     parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)
+    return root.get_submodule(parent), child
 
 
-def _linear(model: nn.Module, name: str, adapter: str) -> nn.Linear:
-    """The layer of that name, if it can be replaced without side effects."""
-    module = _find(model, name)
-    if module is None:
+def _find(model: object, name: str) -> nn.Module | None:
+    try:
+        parent, child = _parent(model, name)
+    except (AttributeError, KeyError):
+        return None
+    return getattr(parent, child, None)
+
+
+def _put(model: object, name: str, module: nn.Module) -> None:
+    parent, child = _parent(model, name)
+    setattr(parent, child, module)
+
+
+def _site(modules: Mapping[str, Named], name: str, adapter: str) -> tuple[Named, Shape]:
+    """The layer of that name and its shape, if it can be replaced without side effects."""
+    entry = modules.get(name)
+    if entry is None:
         raise ValueError(f"adapter {adapter!r} adapts {name}, which the model does not have")
-    if not isinstance(module, nn.Linear):
-        kind = type(module).__name__
-        raise ValueError(f"adapter {adapter!r} adapts {name}, a {kind}; it must be an nn.Linear")
-    parent = model.get_submodule(name.rpartition(".")[0])
-    if isinstance(parent, _BYPASSING):
-        kind = type(parent).__name__
-        raise ValueError(f"layer {name} is part of a {kind}, which does not call its linear layers")
-    names = [n for n, m in model.named_modules(remove_duplicate=False) if m is module]
-    if len(names) > 1:
-        raise ValueError(f"layer {name} is shared: it is also {', '.join(set(names) - {name})}")
-    return module
-
-
-def _placed(adapter: LoadedAdapter, name: str, base: nn.Linear, weight: float, p: float) -> Adapter:
-    """One layer's part of an adapter, on the layer's device, with its weight and rate."""
-    part = adapter.layers[name]
-    sizes = part.lora_A.shape[1], part.lora_B.shape[0]
-    if sizes != (base.in_features, base.out_features):
+    kind = type(entry.module).__name__
+    if hasattr(entry.module, "get_base_layer"):
+        raise ValueError(f"layer {name} is PEFT's already ({kind}); use attach for such models")
+    shape = shape_of(entry.module)
+    if shape is None:
         raise ValueError(
-            f"adapter {adapter.name!r} takes {sizes[0]} features to {sizes[1]} on {name}, "
-            f"the layer {base.in_features} to {base.out_features}"
+            f"adapter {adapter!r} adapts {name}, a {kind}; it must be a linear layer or a "
+            f"convolution without groups"
         )
-    device = base.weight.device
+    parent = modules.get(name.rpartition(".")[0])
+    if parent is not None and isinstance(parent.module, _BYPASSING):
+        kind = type(parent.module).__name__
+        raise ValueError(f"layer {name} is part of a {kind}, which does not call its linear layers")
+    others = [n for n, e in modules.items() if e.module is entry.module and n != name]
+    if others:
+        raise ValueError(f"layer {name} is shared: it is also {', '.join(others)}")
+    return entry, shape
+
+
+def _placed(adapter: LoadedAdapter, site: Named, wanted: Shape, weight: float, p: float) -> Adapter:
+    """One layer's part of an adapter, on the layer's device, with its weight and rate."""
+    part = adapter.layers[site.name]
+    kernel = adapter.kernels.get(site.name, ())
+    found = Shape(part.lora_A.shape[1] // prod(kernel), part.lora_B.shape[0], kernel)
+    if not wanted.takes(found):
+        raise ValueError(
+            f"adapter {adapter.name!r} takes {found} on {site.name}, the layer takes {wanted}"
+        )
+    device = site.module.weight.device
     return replace(
         part,
         lora_A=part.lora_A.to(device),
@@ -236,3 +255,11 @@ def _placed(adapter: LoadedAdapter, name: str, base: nn.Linear, weight: float, p
         p=p,
         name=adapter.name,
     )
+
+
+def _report(site: Named, adapters: Sequence[Adapter]) -> LayerReport:
+    ranks = tuple(adapter.lora_A.shape[0] for adapter in adapters)
+    names = tuple(str(adapter.name) for adapter in adapters)
+    p = tuple(float(adapter.p or 0.0) for adapter in adapters)
+    how, why = served_how(site.module)
+    return LayerReport(site.name, site.stream, names, ranks, p, how, why)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass, field
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 from .errors import AdapterFileError
 from .tensor_file import open_regular, parse_json_object
 
+CONFIG_FILE = "adapter_config.json"
 MAX_CONFIG = 16 * 1024 * 1024  # bytes
 MAX_NAME = 512  # characters of a layer's name
 
@@ -155,13 +157,21 @@ def _check_fields(path: Path, fields: dict[str, Any]) -> None:
             raise AdapterFileError(path, f"unknown field, set to {fields[name]!r}", name)
 
 
-def read_peft_config(path: Path) -> PeftConfig:
-    """Reads and checks one adapter_config.json; AdapterFileError names the file and the field."""
+def read_peft_config(path: Path) -> tuple[PeftConfig, str]:
+    """Reads and checks one adapter_config.json; the second is its SHA-256 in hexadecimal.
+
+    Raises:
+        AdapterFileError: names the file and the field.
+    """
     with open_regular(path) as file:
         text = file.read(MAX_CONFIG + 1)
     if len(text) > MAX_CONFIG:
         raise AdapterFileError(path, f"larger than {MAX_CONFIG} bytes")
-    fields = parse_json_object(path, text)
+    return parse_peft_config(path, parse_json_object(path, text)), sha256(text).hexdigest()
+
+
+def parse_peft_config(path: Path, fields: dict[str, Any]) -> PeftConfig:
+    """Checks the fields of a configuration; AdapterFileError names the file and the field."""
     _check_fields(path, fields)
     for name in ("r", "lora_alpha"):
         if name not in fields:

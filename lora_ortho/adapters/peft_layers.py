@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cache, lru_cache
+from functools import cache
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lora_ortho.module import Adapter, FusedOrthoLoRALinear, is_fresh
 
-from .report import CONVOLUTION, DELTA, FUSED
+from .convolution import Sizes, selectors
 
 # PEFT's classes by name: those of quantised layers exist only where their package is installed.
 _LINEAR = """
@@ -73,20 +73,12 @@ class Settings:
         return tuple(self.p[name] for name in names)
 
 
-class _Sizes(nn.Module):
-    """Stands for a base layer that PEFT's layer calls by itself."""
-
-    def __init__(self, in_features: int, out_features: int) -> None:
-        super().__init__()
-        self.in_features, self.out_features = in_features, out_features
-
-
 class _Merge(FusedOrthoLoRALinear):
     """The merge of one layer on tensors that belong to somebody else, given at every call."""
 
     def __init__(self, adapters: Sequence[Adapter], method: str, backend: str | None) -> None:
         A, B = adapters[0].lora_A, adapters[0].lora_B
-        super().__init__(_Sizes(A.shape[1], B.shape[0]), adapters, method=method, backend=backend)
+        super().__init__(Sizes(A.shape[1], B.shape[0]), adapters, method=method, backend=backend)
         self.sources: list[Tensor] = []
 
     def _tensors(self) -> list[Tensor]:
@@ -144,7 +136,7 @@ class LayerMerge:
         joined = torch.cat(s, dim=channel).movedim(channel, -1)  # (..., Σ r)
         flat = [weight.flatten(1) for weight in B]
         ranks = tuple(weight.shape[1] for weight in flat)
-        merge = self._prepared(layer, names, _selectors(ranks, y.dtype, y.device), flat, biases)
+        merge = self._prepared(layer, names, selectors(ranks, y.dtype, y.device), flat, biases)
         result = merge.add(joined, y.movedim(channel, -1)).movedim(-1, channel)
         return result.contiguous() if y.is_contiguous() else result
 
@@ -241,18 +233,6 @@ def is_convolution(layer: nn.Module) -> bool:
     return type(layer).__name__ in CONVOLUTIONS
 
 
-def served_how(layer: Any) -> tuple[str, str]:
-    """How an attached layer of PEFT is served, and why it is not fused."""
-    if is_convolution(layer):
-        return CONVOLUTION, "a convolution"
-    base = layer.base_layer
-    if is_fresh(base) and base.weight.dtype.is_floating_point:
-        return FUSED, ""
-    if type(base) is nn.Linear:
-        return DELTA, "hooks on the base layer"
-    return DELTA, f"the base layer is a {type(base).__name__}"
-
-
 def why_not(layer: Any, names: Sequence[str]) -> str | None:
     """Why these adapters of a layer cannot be merged at run time; None where they can."""
     kind = type(layer).__name__
@@ -284,12 +264,3 @@ def _shape_of(tensor: Tensor) -> Tensor:
     """A tensor of that shape, dtype and device that takes no memory."""
     with torch.inference_mode(False):
         return torch.empty((), dtype=tensor.dtype, device=tensor.device).expand(tensor.shape)
-
-
-@lru_cache(maxsize=256)
-def _selectors(
-    ranks: tuple[int, ...], dtype: torch.dtype, device: torch.device
-) -> tuple[Tensor, ...]:
-    """Factors (r_j, Σ r) that pick each adapter's share of what the shrink step gave."""
-    with torch.inference_mode(False):
-        return torch.split(torch.eye(sum(ranks), dtype=dtype, device=device), list(ranks))

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from types import TracebackType
-from typing import TypeVar
+from typing import Any, TypeVar
+
+from torch import nn
+
+from lora_ortho.module import is_fresh
 
 FUSED = "fused"
 DELTA = "base + delta"
@@ -43,6 +47,17 @@ class LayerReport:
         )
         text = f"{self.name}: {', '.join(parts) or 'no active adapter'}"
         return text if self.how == FUSED else f"{text} [{self.how}: {self.reason}]"
+
+
+def served_how(base: Any) -> tuple[str, str]:
+    """How a layer with this base is served, and why it is not fused."""
+    if isinstance(base, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        return CONVOLUTION, "a convolution"
+    if is_fresh(base):
+        return FUSED, ""
+    if type(base) is nn.Linear:
+        return DELTA, "hooks on the base layer"
+    return DELTA, f"the base layer is a {type(base).__name__}"
 
 
 class Handle:

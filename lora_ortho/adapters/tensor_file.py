@@ -6,6 +6,7 @@ shape and data_offsets, and "__metadata__"), then the tensors' bytes without hol
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import stat
@@ -25,8 +26,9 @@ from .errors import AdapterFileError
 MAX_HEADER = 16 * 1024 * 1024
 # Largest file read, in bytes: rank 256 on every layer of a 70-billion model in float32 is 13 GiB.
 MAX_FILE = 16 * 1024**3
-# Bytes of an element of each dtype that a low-rank factor may have.
+# Bytes of an element of each dtype that a low-rank factor may have, and an alpha besides.
 ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+_ALPHA_BYTES = {**ITEM_BYTES, "I64": 8, "I32": 4}
 _PICKLE_STARTS = (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05", b"PK\x03\x04")
 
 
@@ -38,6 +40,21 @@ class Entry:
     shape: tuple[int, ...]
     begin: int
     end: int
+
+
+@dataclass(frozen=True)
+class Contents:
+    """A file that was read whole.
+
+    Attributes:
+        tensors: by name, on the CPU, in their own dtypes.
+        metadata: the header's "__metadata__".
+        sha256: of the whole file, in hexadecimal.
+    """
+
+    tensors: dict[str, torch.Tensor]
+    metadata: dict[str, str]
+    sha256: str
 
 
 def open_regular(path: Path) -> BinaryIO:
@@ -85,26 +102,31 @@ def _entry(path: Path, key: str, fields: object) -> Entry:
     if not isinstance(fields, dict) or set(fields) != {"dtype", "shape", "data_offsets"}:
         raise AdapterFileError(path, "its entry must have dtype, shape and data_offsets", key)
     dtype, shape, offsets = fields["dtype"], fields["shape"], fields["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
-        allowed = ", ".join(ITEM_BYTES)
+    sizes = _ALPHA_BYTES if key.endswith(".alpha") else ITEM_BYTES
+    if not isinstance(dtype, str) or dtype not in sizes:
+        allowed = ", ".join(sizes)
         raise AdapterFileError(path, f"dtype {dtype!r} is not one of {allowed}", key)
     if not isinstance(shape, list) or not all(map(_is_count, shape)):
         raise AdapterFileError(path, f"shape {shape!r} is not a list of sizes", key)
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_count, offsets)):
         raise AdapterFileError(path, f"data_offsets {offsets!r} are not two positions", key)
     begin, end = offsets
-    needed = prod(shape) * ITEM_BYTES[dtype]
+    needed = prod(shape) * sizes[dtype]
     if end - begin != needed:
         problem = f"shape {shape} of {dtype} needs {needed} bytes, data_offsets give {end - begin}"
         raise AdapterFileError(path, problem, key)
     return Entry(dtype, tuple(shape), begin, end)
 
 
-def _entries(path: Path, header: dict[str, Any], data_bytes: int) -> dict[str, Entry]:
-    """Every tensor's entry; together they must cover the data exactly, in any order."""
+def _metadata(path: Path, header: dict[str, Any]) -> dict[str, str]:
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise AdapterFileError(path, "must map names to strings", "__metadata__")
+    return metadata
+
+
+def _entries(path: Path, header: dict[str, Any], data_bytes: int) -> dict[str, Entry]:
+    """Every tensor's entry; together they must cover the data exactly, in any order."""
     entries = {key: _entry(path, key, fields) for key, fields in header.items()}
     position = 0
     for key, entry in sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end)):
@@ -120,8 +142,8 @@ def _entries(path: Path, header: dict[str, Any], data_bytes: int) -> dict[str, E
     return entries
 
 
-def _read_header(path: Path, file: BinaryIO) -> tuple[bytes, dict[str, Entry]]:
-    """The bytes up to the tensors, and the checked entries."""
+def _read_header(path: Path, file: BinaryIO) -> tuple[bytes, dict[str, Entry], dict[str, str]]:
+    """The bytes up to the tensors, the checked entries, and the metadata."""
     size = os.fstat(file.fileno()).st_size
     if size > MAX_FILE:
         raise AdapterFileError(path, f"{size} bytes are over the limit of {MAX_FILE}")
@@ -139,7 +161,9 @@ def _read_header(path: Path, file: BinaryIO) -> tuple[bytes, dict[str, Entry]]:
     text = file.read(length)
     if len(text) != length:
         raise AdapterFileError(path, "changed while it was read")
-    return start + text, _entries(path, parse_json_object(path, text), size - 8 - length)
+    header = parse_json_object(path, text)
+    metadata = _metadata(path, header)
+    return start + text, _entries(path, header, size - 8 - length), metadata
 
 
 def read_header(path: Path) -> dict[str, Entry]:
@@ -149,27 +173,28 @@ def read_header(path: Path) -> dict[str, Entry]:
 
 
 def read_tensors(
-    path: Path, check: Callable[[dict[str, Entry]], None] | None = None
-) -> dict[str, torch.Tensor]:
+    path: Path, check: Callable[[dict[str, Entry], dict[str, str]], None] | None = None
+) -> Contents:
     """Every tensor of a safetensors file, on the CPU, in its own dtype.
 
-    The header is checked in full first, then by `check(entries)` where one is given; the tensors
-    come from the same open file, so nothing can be exchanged in between. NaN and infinity are
-    refused.
+    The header is checked in full first, then by `check(entries, metadata)` where one is given; the
+    tensors come from the same open file, so nothing can be exchanged in between. NaN and infinity
+    are refused.
     """
     with open_regular(path) as file:
-        head, entries = _read_header(path, file)
+        head, entries, metadata = _read_header(path, file)
         if check is not None:
-            check(entries)
+            check(entries, metadata)
         data = file.read()
     if len(data) != max((entry.end for entry in entries.values()), default=0):
         raise AdapterFileError(path, "changed while it was read")
+    data = head + data
     try:
-        tensors = load(head + data)
+        tensors = load(data)
     except SafetensorError as error:
         raise AdapterFileError(path, f"not a safetensors file ({error})") from None
     for key, tensor in tensors.items():
         if not bool(torch.isfinite(tensor).all()):
             kind = "NaN" if bool(torch.isnan(tensor).any()) else "infinity"
             raise AdapterFileError(path, f"holds {kind}", key)
-    return tensors
+    return Contents(tensors, metadata, hashlib.sha256(data).hexdigest())

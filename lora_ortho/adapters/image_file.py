@@ -1,0 +1,222 @@
+"""Single files with adapters of image models: diffusers' names and those of kohya's scripts."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from torch import Tensor
+
+from .converters import convert, needs_converter
+from .errors import AdapterFileError
+from .loaded import LoadedAdapter, Piece, assemble, check_shapes
+from .peft_config import CONFIG_FILE, MAX_NAME, PeftConfig, parse_peft_config
+from .peft_folder import PREFIX, foreign
+from .targets import PARTS, Target, Targets, check_fit
+from .tensor_file import Entry, parse_json_object, read_tensors
+
+# kohya's prefixes, and which part of a pipeline they mean: the first that it has.
+_KOHYA = {
+    "lora_unet_": ("unet", "transformer"),
+    "lora_transformer_": ("transformer",),
+    "lora_te_": ("text_encoder",),
+    "lora_te1_": ("text_encoder",),
+    "lora_te2_": ("text_encoder_2",),
+    "lora_te3_": ("text_encoder_3",),
+}
+# The end of a key, and which tensor of its layer it is.
+_ROLES = {
+    ".lora_A.weight": "A",
+    ".lora_B.weight": "B",
+    ".lora_B.bias": "bias",
+    ".lora_down.weight": "A",
+    ".lora_up.weight": "B",
+    ".lora.down.weight": "A",
+    ".lora.up.weight": "B",
+    ".lora_linear_layer.down.weight": "A",
+    ".lora_linear_layer.up.weight": "B",
+    "_lora.down.weight": "A",
+    "_lora.up.weight": "B",
+    ".alpha": "alpha",
+}
+# diffusers' older names of attention layers, as they end after a role was taken off.
+_PROCESSOR = re.compile(r"\.processor\.to_(q|k|v|out)$")
+_METADATA = "lora_adapter_metadata"  # where diffusers keeps PEFT's configurations
+_MAX_ALPHA = 8  # bytes
+
+
+@dataclass
+class _Group:
+    """The keys of one layer, as the file names it.
+
+    Attributes:
+        part: of the pipeline; "" where the file names none.
+        stem: the layer's name: with dots for diffusers, without for kohya.
+        flat: True for kohya's.
+        keys: by role, "A", "B", "bias", "alpha".
+    """
+
+    part: str
+    stem: str
+    flat: bool
+    keys: dict[str, str] = field(default_factory=dict)
+
+
+def read_image_file(file: Path, targets: Targets, name: str) -> LoadedAdapter:
+    """The adapter in a safetensors file; see `load_adapter`."""
+    plan: list[tuple[_Group, Target | None]] = []
+    configs: dict[str, PeftConfig] = {}
+
+    def check(entries: dict[str, Entry], metadata: dict[str, str]) -> None:
+        groups = _groups(file, entries, targets)
+        wanted = targets.wanted(file, (group.part for group in groups))
+        groups = [group for group in groups if group.part in wanted]
+        configs.update(_configs(file, metadata))
+        for group in groups:
+            _check_group(file, group, entries)
+            plan.append((group, _target(file, group, entries, targets)))
+
+    contents = read_tensors(file, check)
+    tensors = contents.tensors
+    pieces = [_piece(file, group, target, tensors, configs) for group, target in plan if target]
+    left = [group for group, target in plan if target is None]
+    if left:
+        taken = {key: tensors[key] for group in left for key in group.keys.values()}
+        fresh = convert(file, taken, targets.root(left[0].part), targets.model)
+        pieces += _converted(file, fresh, left[0].part, targets)
+        tensors = {**tensors, **fresh}
+    layers, kernels = assemble(file, name, pieces, tensors)
+    return LoadedAdapter(name, layers, file, None, kernels, {file.name: contents.sha256})
+
+
+def _groups(file: Path, keys: Mapping[str, object], targets: Targets) -> list[_Group]:
+    """Keys by layer; a key that has no place is refused."""
+    groups: dict[tuple[str, str], _Group] = {}
+    for key in keys:
+        if key.startswith(PREFIX):
+            problem = f"PEFT's key, whose scaling is in {CONFIG_FILE}: load the folder of both"
+            raise AdapterFileError(file, problem, key)
+        role = next((role for end, role in _ROLES.items() if key.endswith(end)), None)
+        if role is None or _is_foreign(key):
+            raise AdapterFileError(file, foreign(key), key)
+        end = next(end for end in _ROLES if key.endswith(end))
+        group = _group(key.removesuffix(end), targets)
+        if len(group.stem) > MAX_NAME or not group.stem:
+            raise AdapterFileError(file, f"names no layer of 1 to {MAX_NAME} characters", key)
+        group = groups.setdefault((group.part, group.stem), group)
+        if role in group.keys:
+            raise AdapterFileError(file, f"says the same as {group.keys[role]!r}", key)
+        group.keys[role] = key
+    if not groups:
+        raise AdapterFileError(file, "holds no adapter: no lora_A and lora_B in it")
+    return list(groups.values())
+
+
+def _is_foreign(key: str) -> bool:
+    """True for a key of another kind of adapter, whatever it ends with."""
+    return not foreign(key).startswith("unexpected")
+
+
+def _group(stem: str, targets: Targets) -> _Group:
+    """The part and the layer that the rest of a key names."""
+    for prefix, parts in _KOHYA.items():
+        if stem.startswith(prefix):
+            there = [part for part in parts if part == targets.part]
+            there += [part for part in parts if targets.root(part) is not None]
+            return _Group([*there, *parts][0], stem.removeprefix(prefix), True)
+    first, _, rest = stem.partition(".")
+    part, layer = (first, rest) if first in PARTS and rest else ("", stem)
+    return _Group(part, _PROCESSOR.sub(_plain_attention, layer), False)
+
+
+def _plain_attention(match: re.Match[str]) -> str:
+    return f".to_{match[1]}" + (".0" if match[1] == "out" else "")
+
+
+def _check_group(file: Path, group: _Group, entries: Mapping[str, Entry]) -> None:
+    """Both factors there and of shapes that fit, an alpha of one element."""
+    known = next(iter(group.keys.values()))
+    for role in ("A", "B"):
+        if role not in group.keys:
+            problem = f"{'down' if role == 'A' else 'up'} factor of {group.stem!r} is missing"
+            raise AdapterFileError(file, problem, known)
+    check_shapes(file, (group.keys["A"], group.keys["B"], group.keys.get("bias")), entries)
+    alpha = group.keys.get("alpha")
+    if alpha is not None and entries[alpha].shape not in ((), (1,)):
+        shape = list(entries[alpha].shape)
+        raise AdapterFileError(file, f"expected one number, found shape {shape}", alpha)
+
+
+def _target(
+    file: Path, group: _Group, entries: Mapping[str, Entry], targets: Targets
+) -> Target | None:
+    """The layer of a group; None for one whose name diffusers must convert first."""
+    key = group.keys["A"]
+    if not group.flat:
+        target = targets.by_name(file, key, group.part, group.stem)
+    else:
+        found = targets.by_flat_name(file, key, group.part, group.stem)
+        if found is None:
+            root = targets.root(group.part)
+            if root is not None and needs_converter(group.stem, root):
+                return None
+            raise AdapterFileError(file, f"the model has no layer for {group.stem!r}", key)
+        target = found
+    check_fit(file, key, target, entries[key].shape, entries[group.keys["B"]].shape)
+    return target
+
+
+def _piece(
+    file: Path,
+    group: _Group,
+    target: Target,
+    tensors: Mapping[str, Tensor],
+    configs: Mapping[str, PeftConfig],
+) -> Piece:
+    """The scaling: alpha/r by the file's alpha or configuration, 1 where it has neither."""
+    key_A, alpha, config = group.keys["A"], group.keys.get("alpha"), configs.get(group.part)
+    rank, scaling = tensors[key_A].shape[0], 1.0
+    if alpha is not None and config is not None:
+        raise AdapterFileError(file, f"an alpha besides the configuration in {_METADATA}", alpha)
+    if alpha is not None:
+        scaling = float(tensors[alpha]) / rank
+    if config is not None:
+        if config.rank_of(group.stem) != rank:
+            problem = f"rank {rank}, but the configuration says {config.rank_of(group.stem)}"
+            raise AdapterFileError(file, problem, key_A)
+        if config.lora_bias != ("bias" in group.keys):
+            raise AdapterFileError(file, "lora_bias and the keys do not agree", key_A)
+        scaling = config.scaling_of(group.stem)
+    kernel = tuple(tensors[key_A].shape[2:]) if target.shape is None else target.shape.kernel
+    return Piece(target.name, key_A, group.keys["B"], group.keys.get("bias"), scaling, kernel)
+
+
+def _converted(
+    file: Path, tensors: Mapping[str, Tensor], part: str, targets: Targets
+) -> list[Piece]:
+    """The layers of what diffusers made of a part of the file, checked as if they were read."""
+    entries = {key: Entry("", tuple(t.shape), 0, 0) for key, t in tensors.items()}
+    pieces = []
+    for group in _groups(file, entries, targets):
+        group.part = part
+        _check_group(file, group, entries)
+        target = _target(file, group, entries, targets)
+        if target is None:
+            raise AdapterFileError(file, "diffusers did not rename it", group.keys["A"])
+        pieces.append(_piece(file, group, target, tensors, {}))
+    return pieces
+
+
+def _configs(file: Path, metadata: Mapping[str, str]) -> dict[str, PeftConfig]:
+    """PEFT's configurations by part, where diffusers wrote them into the header."""
+    text = metadata.get(_METADATA)
+    if text is None:
+        return {}
+    by_part: dict[str, dict[str, object]] = {}
+    for key, value in parse_json_object(file, text.encode()).items():
+        first, _, rest = key.partition(".")
+        part, name = (first, rest) if first in PARTS and rest else ("", key)
+        by_part.setdefault(part, {})[name] = value
+    return {part: parse_peft_config(file, fields) for part, fields in by_part.items()}

@@ -1,0 +1,195 @@
+"""Which layer of a model a name in an adapter file means, and whether the factors fit it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from lora_ortho.module import linear_sizes
+
+from .components import base_modules, components, join
+from .errors import AdapterFileError
+
+# What diffusers' pipelines call the models that adapters are made for.
+PARTS = [
+    "unet",
+    "transformer",
+    "transformer_2",
+    "text_encoder",
+    "text_encoder_2",
+    "text_encoder_3",
+    "controlnet",
+]
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a layer takes and gives: features, and the kernel of a convolution (else empty)."""
+
+    features: int
+    out_features: int
+    kernel: tuple[int, ...] = ()
+
+    def takes(self, other: Shape) -> bool:
+        """True if factors of the other shape fit; a kernel of ones may be there or not."""
+        kernels = self.kernel == other.kernel or prod(self.kernel) == prod(other.kernel) == 1
+        features = (self.features, self.out_features)
+        return kernels and features == (other.features, other.out_features)
+
+    def __str__(self) -> str:
+        kernel = f" with a kernel of {'x'.join(map(str, self.kernel))}" if self.kernel else ""
+        return f"{self.features} features to {self.out_features}{kernel}"
+
+
+def shape_of(module: Any) -> Shape | None:
+    """The shape of a linear layer or a convolution without groups, wrapped by PEFT or not."""
+    base = module.get_base_layer() if hasattr(module, "get_base_layer") else module
+    if isinstance(base, _CONVOLUTIONS):
+        if base.groups != 1:
+            return None
+        return Shape(base.in_channels, base.out_channels, tuple(base.kernel_size))
+    features, out_features = linear_sizes(base)
+    if features is None or out_features is None:
+        return None
+    return Shape(features, out_features)
+
+
+@dataclass(frozen=True)
+class Target:
+    """A layer that a file names.
+
+    Attributes:
+        name: qualified in the model that was given, else as in the file.
+        shape: of the model's layer; None where no model was given.
+    """
+
+    name: str
+    shape: Shape | None
+
+
+class Targets:
+    """Finds layers by the names that files use.
+
+    Args:
+        model: a module, a diffusers pipeline, or None to take names as they are.
+        part: which part of a file or pipeline ("unet", ...) to take; None for all.
+    Raises:
+        TypeError, ValueError: model or part is not one.
+    """
+
+    def __init__(self, model: object, part: str | None) -> None:
+        parts = None if model is None else components(model)
+        if part is not None and part not in (PARTS if parts is None or "" in parts else parts):
+            known = ", ".join(PARTS if parts is None or "" in parts else parts)
+            raise ValueError(f"part must be None or one of {known}, got {part!r}")
+        self.part = part
+        self.model = model
+        self._parts = parts
+        self._names: dict[str, dict[str, Any]] = {}
+        self._flat: dict[str, dict[str, list[str]]] = {}
+
+    @property
+    def is_pipeline(self) -> bool:
+        """True if the model is one of several parts."""
+        return self._parts is not None and "" not in self._parts
+
+    def wanted(self, file: Path, parts: Iterable[str]) -> frozenset[str]:
+        """Which parts of a file to read, of those that it has.
+
+        Raises:
+            AdapterFileError: none, or several where the model is a single module.
+        """
+        found = frozenset(parts)
+        if self.part is not None:
+            if found and self.part not in found:
+                raise AdapterFileError(file, f"has no part {self.part!r}, but {_list(found)}")
+            return frozenset([self.part])
+        if self._parts is not None and not self.is_pipeline and len(found) > 1:
+            problem = f"is for {_list(found)}: give the pipeline as model, or choose with part="
+            raise AdapterFileError(file, problem)
+        return found
+
+    def root(self, part: str) -> nn.Module | None:
+        """The module of a part; for a single module itself."""
+        if self._parts is None:
+            return None
+        return self._parts.get(part if self.is_pipeline else "")
+
+    def by_name(self, file: Path, key: str, part: str, name: str) -> Target:
+        """The layer of that name in a part ("" for files that name none)."""
+        if self._parts is None:
+            return Target(name if self.part is not None else join(part, name), None)
+        modules = self._modules(file, key, part)
+        for candidate in _spellings(name):
+            if candidate in modules:
+                return self._target(file, key, part, candidate, modules[candidate])
+        raise AdapterFileError(file, f"the model has no layer {name!r}", key)
+
+    def by_flat_name(self, file: Path, key: str, part: str, flat: str) -> Target | None:
+        """The layer whose name with "_" for "." is that; None where there is no such layer.
+
+        Raises:
+            AdapterFileError: two layers have that name, or there is no model to look in.
+        """
+        if self._parts is None:
+            problem = "kohya's names can be read through the model only: give it as model"
+            raise AdapterFileError(file, problem, key)
+        modules = self._modules(file, key, part)
+        if part not in self._flat:
+            table = self._flat[part] = {}
+            for name, module in modules.items():
+                if shape_of(module) is not None:
+                    table.setdefault(name.replace(".", "_"), []).append(name)
+        for candidate in _spellings(flat, "_"):
+            found = self._flat[part].get(candidate, [])
+            if len(found) > 1:
+                raise AdapterFileError(file, f"could be {' or '.join(found)} of the model", key)
+            if found:
+                return self._target(file, key, part, found[0], modules[found[0]])
+        return None
+
+    def _modules(self, file: Path, key: str, part: str) -> Mapping[str, Any]:
+        root = self.root(part)
+        if root is None:
+            parts = _list(self._parts or ())
+            raise AdapterFileError(file, f"names no part of the pipeline, which has {parts}", key)
+        if part not in self._names:
+            self._names[part] = dict(base_modules(root))
+        return self._names[part]
+
+    def _target(self, file: Path, key: str, part: str, name: str, module: Any) -> Target:
+        shape = shape_of(module)
+        if shape is None:
+            kind = type(module).__name__
+            problem = f"the model's layer {name!r} ({kind}) is not a linear layer or convolution"
+            raise AdapterFileError(file, problem, key)
+        return Target(join(part, name) if self.is_pipeline else name, shape)
+
+
+def _spellings(name: str, dot: str = ".") -> tuple[str, ...]:
+    """A name, and the same with or without the level that transformers 5 took out of CLIP."""
+    level = f"text_model{dot}"
+    return name, name.removeprefix(level) if name.startswith(level) else level + name
+
+
+def _list(names: Iterable[str]) -> str:
+    return ", ".join(sorted(name or "a model without a name" for name in names))
+
+
+def check_fit(
+    file: Path, key: str, target: Target, lora_A: tuple[int, ...], lora_B: tuple[int, ...]
+) -> None:
+    """AdapterFileError unless factors of these shapes belong on a layer of the model.
+
+    lora_A is (r, d_in) or (r, c_in, *kernel); a kernel of ones may be there or not.
+    """
+    found = Shape(lora_A[1], lora_B[0], lora_A[2:])
+    if target.shape is not None and not target.shape.takes(found):
+        problem = f"takes {found}, the model's layer {target.name!r} takes {target.shape}"
+        raise AdapterFileError(file, problem, key)
