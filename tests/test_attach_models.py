@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import lora_ortho
 
-THREE = ("plain", "rslora", "bias")
+THREE = ("plain", "rslora", "biased")
 
 
 @pytest.fixture(params=SUBJECTS)
@@ -186,8 +186,8 @@ def pipeline() -> Any:
     torch.manual_seed(2)
     return diffusers.StableDiffusionXLPipeline(
         vae=None,
-        text_encoder=transformers.CLIPTextModel(text).double().eval(),
-        text_encoder_2=transformers.CLIPTextModelWithProjection(text).double().eval(),
+        text_encoder=transformers.CLIPTextModel(text).eval(),
+        text_encoder_2=transformers.CLIPTextModelWithProjection(text).eval(),
         tokenizer=None,
         tokenizer_2=None,
         unet=SUBJECTS["unet"].make(),

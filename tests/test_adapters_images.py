@@ -1,0 +1,429 @@
+"""Adapters of image models in single files: diffusers' names, kohya's names, renumbered blocks."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from models import SUBJECTS, Subject, adapted, library
+from safetensors.torch import save_file
+from test_attach_models import layers_of, pipeline
+from torch import Tensor, nn
+
+import lora_ortho
+from lora_ortho import inject, load_adapter
+from lora_ortho.adapters import AdapterFileError
+
+IMAGES = ["unet", "flux"]
+
+
+@pytest.fixture(params=IMAGES)
+def subject(request: pytest.FixtureRequest) -> Subject:
+    return SUBJECTS[request.param]
+
+
+def factors(model: Any, name: str) -> dict[str, tuple[Tensor, Tensor, float]]:
+    """lora_A, lora_B and scaling of a PEFT model's adapter, by layer."""
+    return {
+        layer: (m.lora_A[name].weight.data, m.lora_B[name].weight.data, m.scaling[name])
+        for layer, m in layers_of(model).items()
+        if name in m.lora_A
+    }
+
+
+def kohya(model: Any, name: str, prefix: str = "lora_unet_") -> dict[str, Tensor]:
+    """The same in kohya's layout."""
+    found = {}
+    for layer, (A, B, scaling) in factors(model, name).items():
+        stem = prefix + layer.replace(".", "_")
+        found[f"{stem}.lora_down.weight"], found[f"{stem}.lora_up.weight"] = A, B
+        found[f"{stem}.alpha"] = torch.tensor(scaling * A.shape[0], dtype=torch.float64)
+    return found
+
+
+def diffused(model: Any, name: str, part: str) -> dict[str, Tensor]:
+    """The same in diffusers' layout, which has no alpha: the scaling goes into lora_B."""
+    found = {}
+    for layer, (A, B, scaling) in factors(model, name).items():
+        found[f"{part}.{layer}.lora_A.weight"] = A
+        found[f"{part}.{layer}.lora_B.weight"] = B * scaling
+    return found
+
+
+def write(path: Path, tensors: dict[str, Tensor], **metadata: str) -> Path:
+    save_file({k: v.contiguous() for k, v in tensors.items()}, path, metadata or None)
+    return path
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("layout", ["kohya", "diffusers"])
+def test_two_files_are_what_peft_makes_of_them(
+    tmp_path: Path, subject: Subject, layout: str
+) -> None:
+    model = adapted(subject, "plain", "patterns")
+    expected = subject.run(model)
+    paths = []
+    for name in ("plain", "patterns"):
+        tensors = kohya(model, name) if layout == "kohya" else diffused(model, name, subject.part)
+        paths.append(write(tmp_path / f"{name}.safetensors", tensors))
+    bare = subject.make()
+    before = subject.run(bare)
+    loaded = [load_adapter(path, bare) for path in paths]
+    assert [adapter.name for adapter in loaded] == ["plain", "patterns"]
+    assert set(loaded[0].layers) == set(layers_of(model))
+    with inject(bare, loaded, method="direct"):
+        ours = subject.run(bare)
+    torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-9)
+    assert torch.equal(subject.run(bare), before)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["unet", "flux", "gpt2"])
+def test_inject_and_attach_draw_the_same_masks(tmp_path: Path, kind: str) -> None:
+    """Linear layers, Conv1D and convolutions; with and without PEFT; bits in all but rounding."""
+    subject = SUBJECTS[kind]
+    model = adapted(subject, "plain", "biased")
+    model.save_pretrained(tmp_path)
+    bare = subject.make()
+    loaded = [load_adapter(tmp_path / name, bare) for name in ("plain", "biased")]
+    with lora_ortho.attach(model, seed=5) as attached, inject(bare, loaded, seed=5) as injected:
+        torch.testing.assert_close(subject.run(bare), subject.run(model), rtol=1e-9, atol=1e-9)
+        for a, b in zip(attached.report, injected.report, strict=True):
+            assert (a.name, a.stream, a.ranks, a.p, a.how) == (
+                b.name,
+                b.stream,
+                b.ranks,
+                b.p,
+                b.how,
+            )
+
+
+def save_pipeline(pipe: Any, folder: Path, **metadata: Any) -> Path:
+    """Adapters on the UNet and both text encoders, saved by diffusers."""
+    peft = library("peft")
+    text = ["q_proj", "out_proj"]
+    targets = {"unet": ["to_q", "conv1"], "text_encoder": text, "text_encoder_2": text}
+    layers = {}
+    for part, modules in targets.items():
+        model = peft.get_peft_model(
+            getattr(pipe, part), peft.LoraConfig(r=2, lora_alpha=2, target_modules=modules), "x"
+        )
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                nn.init.normal_(parameter, std=0.3)
+        state = peft.get_peft_model_state_dict(model, adapter_name="x")
+        layers[f"{part}_lora_layers"] = {
+            key.removeprefix("base_model.model."): value for key, value in state.items()
+        }
+        model.unload()
+    type(pipe).save_lora_weights(folder, **layers, **metadata)
+    return folder
+
+
+@torch.no_grad()
+def test_what_a_pipeline_saved(tmp_path: Path) -> None:
+    """All parts of a Stable Diffusion XL pipeline; against diffusers' own loader."""
+    pipe, subject = pipeline(), SUBJECTS["unet"]
+    folder = save_pipeline(pipe, tmp_path / "saved")
+    whole = load_adapter(folder, pipe)
+    assert {name.split(".")[0] for name in whole.layers} == {
+        "unet", "text_encoder", "text_encoder_2"
+    }  # fmt: skip
+    nameless = load_adapter(folder)
+    assert len(nameless.layers) == len(whole.layers)
+    tokens = torch.arange(10).view(2, 5)
+    with inject(pipe, [whole], method="direct") as handle:
+        ours = subject.run(pipe.unet), pipe.text_encoder(tokens)[0]
+        assert len(handle.layers) == len(whole.layers)
+    alone = load_adapter(folder, pipe.unet, part="unet")
+    with inject(pipe.unet, [alone], method="direct"):
+        assert torch.equal(subject.run(pipe.unet), ours[0])
+    pipe.load_lora_weights(folder)
+    theirs = subject.run(pipe.unet), pipe.text_encoder(tokens)[0]
+    torch.testing.assert_close(ours[0], theirs[0], rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(ours[1], theirs[1], rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_configuration_in_the_header(tmp_path: Path) -> None:
+    """diffusers keeps PEFT's configuration there; then its alpha counts."""
+    subject = SUBJECTS["flux"]
+    model = adapted(subject, "rslora")
+    bare, expected = subject.make(), subject.run(model)
+    parts = factors(model, "rslora").items()
+    tensors = {f"transformer.{n}.lora_A.weight": A for n, (A, _, _) in parts}
+    tensors |= {f"transformer.{n}.lora_B.weight": B for n, (_, B, _) in parts}
+    fields = {"peft_type": "LORA", "r": 4, "lora_alpha": 3, "use_rslora": True}
+    text = json.dumps({f"transformer.{name}": value for name, value in fields.items()})
+    path = write(tmp_path / "a.safetensors", tensors, lora_adapter_metadata=text)
+    with inject(bare, [load_adapter(path, bare)], method="direct"):
+        torch.testing.assert_close(subject.run(bare), expected, rtol=1e-9, atol=1e-9)
+    for change, part in (
+        ({"transformer.use_dora": True}, "DoRA"),
+        ({"transformer.r": 3}, "rank 4, but the configuration says 3"),
+        ({"transformer.lora_bias": True}, "lora_bias and the keys do not agree"),
+        ({"transformer.peft_type": "LOHA"}, "only 'LORA'"),
+    ):
+        changed = json.dumps({**json.loads(text), **change})
+        path = write(tmp_path / "b.safetensors", tensors, lora_adapter_metadata=changed)
+        refused(path, part, model=bare)
+    key = "transformer.proj_out.alpha"
+    tensors[key] = torch.tensor(1.0)
+    refused(
+        write(path, tensors, lora_adapter_metadata=text), "an alpha besides", model=bare, key=key
+    )
+    refused(write(path, tensors, lora_adapter_metadata="{"), "not valid JSON", model=bare)
+
+
+def renumbered(stem: str) -> str:
+    """A name of the UNet's blocks as the sgm code, and so kohya's scripts for SDXL, has it."""
+    parts = stem.split(".")
+    kind = {"resnets": 0, "attentions": 1}.get(parts[1] if parts[0] == "mid_block" else parts[2])
+    if parts[0] == "mid_block":
+        number = 1 if kind == 1 else 2 * int(parts[2])
+        start, rest = f"middle_block_{number}", parts[3:]
+    else:
+        block, layer = int(parts[1]), int(parts[3])
+        number = 3 * block + layer + (1 if parts[0] == "down_blocks" else 0)
+        side = "input_blocks" if parts[0] == "down_blocks" else "output_blocks"
+        start, rest = f"{side}_{number}_{kind}", parts[4:]
+    inner = "_".join(rest)
+    inner = {"conv1": "in_layers_2", "conv_shortcut": "skip_connection"}.get(inner, inner)
+    return f"lora_unet_{start}_{inner}"
+
+
+@torch.no_grad()
+def test_sgm_blocks_of_kohya(tmp_path: Path) -> None:
+    subject = SUBJECTS["unet"]
+    model = adapted(subject, "patterns")
+    expected, bare = subject.run(model), subject.make()
+    tensors: dict[str, Tensor] = {}
+    for layer, (A, B, scaling) in factors(model, "patterns").items():
+        stem = renumbered(layer)
+        tensors |= {f"{stem}.lora_down.weight": A, f"{stem}.lora_up.weight": B}
+        tensors[f"{stem}.alpha"] = torch.tensor(scaling * len(A), dtype=torch.float64)
+    path = write(tmp_path / "sgm.safetensors", tensors)
+    loaded = load_adapter(path, bare)
+    assert set(loaded.layers) == set(layers_of(model))
+    with inject(bare, [loaded], method="direct"):
+        torch.testing.assert_close(subject.run(bare), expected, rtol=1e-9, atol=1e-9)
+    tensors["lora_unet_input_blocks_4_7_x.lora_down.weight"] = torch.ones(2, 3)
+    tensors["lora_unet_input_blocks_4_7_x.lora_up.weight"] = torch.ones(3, 2)
+    refused(write(path, tensors), "diffusers cannot convert it", model=bare)
+
+
+FLUX_NAMES = {
+    "double_blocks_0_img_attn_proj": ["transformer_blocks.0.attn.to_out.0"],
+    "double_blocks_0_img_attn_qkv": [f"transformer_blocks.0.attn.to_{x}" for x in "qkv"],
+    "double_blocks_0_txt_attn_qkv": [f"transformer_blocks.0.attn.add_{x}_proj" for x in "qkv"],
+    "single_blocks_1_linear2": ["single_transformer_blocks.1.proj_out"],
+    "single_blocks_1_modulation_lin": ["single_transformer_blocks.1.norm.linear"],
+}
+
+
+def flux_file(path: Path, bare: Any, alpha: float = 3.0) -> Path:
+    generator = torch.Generator().manual_seed(4)
+    tensors = {}
+    for name, layers in FLUX_NAMES.items():
+        d_in = bare.get_submodule(layers[0]).weight.shape[1]
+        d_out = sum(bare.get_submodule(layer).weight.shape[0] for layer in layers)
+        for key, shape in ((f"{name}.lora_down", (4, d_in)), (f"{name}.lora_up", (d_out, 4))):
+            values = torch.randn(shape, generator=generator, dtype=torch.float64)
+            tensors[f"lora_unet_{key}.weight"] = 0.2 * values
+        tensors[f"lora_unet_{name}.alpha"] = torch.tensor(alpha, dtype=torch.float64)
+    return write(path, tensors)
+
+
+@torch.no_grad()
+def test_flux_blocks_of_kohya(tmp_path: Path) -> None:
+    """Joined projections come apart; against diffusers' own loader."""
+    subject = SUBJECTS["flux"]
+    bare: Any = subject.make()
+    path = flux_file(tmp_path / "flux.safetensors", bare)
+    loaded = load_adapter(path, bare)
+    assert sorted(loaded.layers) == sorted(n for layers in FLUX_NAMES.values() for n in layers)
+    with inject(bare, [loaded], method="direct"):
+        ours = subject.run(bare)
+    loaders: Any = library("diffusers").loaders
+    from safetensors.torch import load_file
+
+    state = loaders.FluxLoraLoaderMixin.lora_state_dict(load_file(path))
+    bare.load_lora_adapter(state, prefix="transformer")
+    torch.testing.assert_close(ours, subject.run(bare), rtol=1e-9, atol=1e-9)
+
+
+def test_without_diffusers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bare: Any = SUBJECTS["flux"].make()
+    path = flux_file(tmp_path / "flux.safetensors", bare)
+    monkeypatch.setitem(sys.modules, "diffusers.loaders", None)
+    refused(path, "blocks are numbered otherwise; diffusers could rename them", model=bare)
+
+
+def test_layers_that_a_converter_drops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bare: Any = SUBJECTS["flux"].make()
+    path = flux_file(tmp_path / "flux.safetensors", bare)
+    mixin: Any = library("diffusers").loaders.FluxLoraLoaderMixin
+    convert = mixin.lora_state_dict
+
+    def dropping(state: dict[str, Tensor], **settings: Any) -> tuple[dict[str, Tensor], None]:
+        fresh = convert(state, **settings)[0]
+        return {k: v for k, v in fresh.items() if "to_out" not in k}, None
+
+    monkeypatch.setattr(mixin, "lora_state_dict", dropping)
+    refused(path, "diffusers made 8 layers of what holds 9", model=bare)
+
+
+def test_clip_with_and_without_its_outer_level(tmp_path: Path) -> None:
+    """transformers 5 has no text_model in CLIP's names; files have it."""
+    pipe = pipeline()
+    name = next(n for n, _ in pipe.text_encoder.named_modules() if n.endswith("q_proj"))
+    inner = name.removeprefix("text_model.")
+    for spelling in (inner, f"text_model.{inner}"):
+        flat = spelling.replace(".", "_")
+        for stem in (f"text_encoder.{spelling}.lora.", f"lora_te1_{flat}.lora_"):
+            tensors = {
+                f"{stem}down.weight": torch.ones(2, 12),
+                f"{stem}up.weight": torch.ones(12, 2),
+            }
+            loaded = load_adapter(write(tmp_path / "te.safetensors", tensors), pipe)
+            assert list(loaded.layers) == [f"text_encoder.{name}"]
+
+
+# What is refused
+
+
+def refused(
+    path: Path, *parts: str, key: str | None = None, model: Any = None, **arguments: Any
+) -> None:
+    with pytest.raises(AdapterFileError) as caught:
+        load_adapter(path, model, **arguments)
+    message = str(caught.value)
+    assert message.startswith(str(path))
+    for part in parts:
+        assert part in message, message
+    if key is not None:
+        assert caught.value.key == key, message
+
+
+class Net(nn.Module):
+    """Two layers whose flattened names are one, and two whose are not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.plain = nn.Module(), nn.Linear(3, 4)
+        self.a.b_c, self.a_b = nn.Linear(3, 4), nn.Module()
+        self.a_b.c, self.image = nn.Linear(3, 4), nn.Conv2d(3, 4, 3)
+        self.grouped, self.words = nn.Conv2d(4, 4, 3, groups=2), nn.Embedding(3, 4)
+
+
+def pair(stem: str, down: str = "lora_down", up: str = "lora_up", **shapes: Any) -> Any:
+    A, B = shapes.get("A", (2, 3)), shapes.get("B", (4, 2))
+    return {f"{stem}.{down}.weight": torch.ones(A), f"{stem}.{up}.weight": torch.ones(B)}
+
+
+GOOD = {**pair("lora_unet_plain"), "lora_unet_plain.alpha": torch.tensor(1.0)}
+CONV = pair("lora_unet_image", A=(2, 3, 3, 3), B=(4, 2, 1, 1))
+BROKEN: dict[str, tuple[dict[str, Tensor], str]] = {
+    "loha": ({**GOOD, "lora_unet_plain.hada_w1_a": torch.ones(2)}, "LoHa is not supported"),
+    "lokr": ({**GOOD, "lora_unet_plain.lokr_w1": torch.ones(2)}, "LoKr is not supported"),
+    "oft": ({**GOOD, "lora_unet_plain.oft_blocks": torch.ones(2)}, "OFT is not supported"),
+    "locon in three": (
+        {**GOOD, "lora_unet_plain.lora_mid.weight": torch.ones(2)},
+        "a convolution in three factors is not supported",
+    ),
+    "dora": ({**GOOD, "lora_unet_plain.dora_scale": torch.ones(4)}, "DoRA is not supported"),
+    "difference": ({**GOOD, "lora_unet_plain.diff": torch.ones(4)}, "a whole difference"),
+    "bias difference": ({**GOOD, "lora_unet_plain.diff_b": torch.ones(4)}, "a whole difference"),
+    "left over": ({**GOOD, "something": torch.ones(4)}, "left over"),
+    "left over weight": ({**GOOD, "lora_unet_plain.weight": torch.ones(4)}, "left over"),
+    "alpha alone": ({**GOOD, "lora_unet_image.alpha": torch.ones(())}, "down factor of 'image'"),
+    "no up": ({"lora_unet_plain.lora_down.weight": torch.ones(2, 3)}, "up factor of 'plain'"),
+    "alphas": ({**GOOD, "lora_unet_plain.alpha": torch.ones(2)}, "expected one number"),
+    "NaN alpha": ({**GOOD, "lora_unet_plain.alpha": torch.tensor(torch.nan)}, "holds NaN"),
+    "NaN": ({**GOOD, "lora_unet_plain.lora_up.weight": torch.full((4, 2), torch.nan)}, "NaN"),
+    "integers": ({"lora_unet_plain.lora_down.weight": torch.ones(2, 3).int()}, "'I32' is not one"),
+    "two matches": (pair("lora_unet_a_b_c"), "could be a.b_c or a_b.c of the model"),
+    "no match": (pair("lora_unet_plane"), "the model has no layer for 'plane'"),
+    "empty name": (pair("lora_unet_"), "names no layer"),
+    "long name": (pair("lora_unet_" + "x" * 600), "names no layer of 1 to 512 characters"),
+    "ranks": (pair("lora_unet_plain", B=(4, 3)), "rank 3, but lora_A has 2"),
+    "sizes": (pair("lora_unet_plain", A=(2, 5)), "takes 5 features to 4, the model's layer"),
+    "kernel": (pair("lora_unet_image", A=(2, 3, 5, 5), B=(4, 2, 1, 1)), "with a kernel of 5x5"),
+    "linear for a convolution": (pair("lora_unet_image"), "with a kernel of 3x3"),
+    "convolution for a linear": (
+        pair("lora_unet_plain", A=(2, 3, 3, 3), B=(4, 2, 1, 1)), "with a kernel of 3x3"
+    ),
+    "up kernel": (pair("lora_unet_image", A=(2, 3, 3, 3), B=(4, 2, 3, 3)), "does not fit lora_A's"),
+    "groups": (pair("unet.grouped", A=(2, 4, 3, 3), B=(4, 2, 1, 1)), "not a linear layer or conv"),
+    "embedding": (pair("unet.words", "lora_A", "lora_B"), "(Embedding) is not a linear layer"),
+    "no layer": (pair("unet.plane", "lora_A", "lora_B"), "the model has no layer 'plane'"),
+    "twice": (
+        {**GOOD, **pair("unet.text_model.plain", "lora_A", "lora_B")}, "adapts layer 'plain' twice"
+    ),
+    "same": (
+        {**pair("x", "lora_A", "lora_B"), **pair("x", "lora.down", "lora.up")}, "says the same"
+    ),
+    "peft": (pair("base_model.model.plain", "lora_A", "lora_B"), "load the folder of both"),
+    "nothing": ({}, "holds no adapter"),
+    "two parts": ({**GOOD, **pair("lora_te_plain")}, "is for text_encoder, unet: give the pipe"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_broken_files(tmp_path: Path, kind: str) -> None:
+    tensors, part = BROKEN[kind]
+    refused(write(tmp_path / "x.safetensors", tensors), part, model=Net())
+
+
+def test_good_files(tmp_path: Path) -> None:
+    """What the broken ones are made from; a missing alpha is the rank; integers as alpha."""
+    path = write(tmp_path / "x.safetensors", {**GOOD, **CONV})
+    loaded = load_adapter(path, Net())
+    assert {n: p.scaling for n, p in loaded.layers.items()} == {"image": 1.0, "plain": 0.5}
+    assert loaded.layers["image"].lora_A.shape == (2, 27)
+    assert dict(loaded.kernels) == {"image": (3, 3)}
+    assert list(loaded.sha256) == ["x.safetensors"]
+    write(path, {**GOOD, "lora_unet_plain.alpha": torch.tensor([4])})
+    assert load_adapter(path, Net()).layers["plain"].scaling == 2.0
+    write(path, pair("lora_unet_plain", A=(2, 3, 1, 1), B=(4, 2, 1, 1)))
+    assert load_adapter(path, Net()).kernels == {}
+    bare = write(path, pair("plain", "lora_A", "lora_B"))
+    assert list(load_adapter(bare, Net()).layers) == ["plain"]
+    both = write(path, {**GOOD, **pair("lora_te_plain")})
+    assert list(load_adapter(both, Net(), part="unet").layers) == ["plain"]
+
+
+def test_kohya_needs_the_model(tmp_path: Path) -> None:
+    refused(write(tmp_path / "x.safetensors", GOOD), "through the model only")
+
+
+def test_part(tmp_path: Path) -> None:
+    path = write(tmp_path / "x.safetensors", pair("unet.plain", "lora_A", "lora_B"))
+    assert list(load_adapter(path).layers) == ["unet.plain"]
+    assert list(load_adapter(path, part="unet").layers) == ["plain"]
+    refused(path, "has no part 'transformer', but unet", part="transformer")
+    with pytest.raises(ValueError, match="part must be None or one of unet, transformer"):
+        load_adapter(path, part="vae")
+
+
+def test_pipelines_without_the_part(tmp_path: Path) -> None:
+    pipe = pipeline()
+    path = write(tmp_path / "x.safetensors", pair("transformer.x", "lora_A", "lora_B"))
+    refused(path, "names no part of the pipeline, which has text_encoder,", model=pipe)
+    with pytest.raises(ValueError, match="part must be None or one of unet, text_encoder"):
+        load_adapter(path, pipe, part="transformer")
+
+
+def test_a_peft_folder_for_a_part(tmp_path: Path) -> None:
+    subject = SUBJECTS["unet"]
+    adapted(subject, "plain").save_pretrained(tmp_path)
+    pipe = pipeline()
+    loaded = load_adapter(tmp_path / "plain", pipe, part="unet")
+    assert all(name.startswith("unet.") for name in loaded.layers)
+    with inject(pipe, [loaded], method="direct"):
+        ours = subject.run(pipe.unet)
+    torch.testing.assert_close(ours, subject.run(adapted(subject, "plain")), rtol=1e-9, atol=1e-9)
