@@ -196,7 +196,7 @@ KINDS: dict[str, dict[str, Any]] = {
         "rank_pattern": {"to_q": 5, "q_proj": 5, "c_proj": 3, "up": 5},
         "alpha_pattern": {"to_v": 7, "v_proj": 7, r".*1\..*proj": 3, "down": 7},
     },
-    "biased": {"r": 2, "lora_alpha": 3, "lora_bias": True},
+    "offset": {"r": 2, "lora_alpha": 3, "lora_bias": True},
 }
 
 

@@ -113,7 +113,7 @@ def test_pipe_does_not_block(tmp_path: Path, name: str) -> None:
 
 def test_wrong_argument_types(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match="model must be a torch module"):
-        load_adapter(write(tmp_path / "x"), "model")  # type: ignore[arg-type]
+        load_adapter(write(tmp_path / "x"), "model")
     with pytest.raises(TypeError, match="path must be a path, got int"):
         load_adapter(3)  # type: ignore[arg-type]
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import lora_ortho
 
-THREE = ("plain", "rslora", "biased")
+THREE = ("plain", "rslora", "offset")
 
 
 @pytest.fixture(params=SUBJECTS)
