@@ -5,7 +5,7 @@ inside the kernels and never stored.
 """
 
 from lora_ortho import backends, mask_stream
-from lora_ortho.adapters import AdapterFileError, attach, detach, inject, load_adapter
+from lora_ortho.adapters import AdapterFileError, attach, detach, export, inject, load_adapter
 from lora_ortho.functional import fused_ortho_lora
 from lora_ortho.module import Adapter, FusedOrthoLoRALinear
 
@@ -18,6 +18,7 @@ __all__ = [
     "attach",
     "backends",
     "detach",
+    "export",
     "fused_ortho_lora",
     "inject",
     "load_adapter",

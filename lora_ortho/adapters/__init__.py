@@ -4,21 +4,27 @@ from __future__ import annotations
 
 from .attach import Attachment, attach, detach
 from .errors import AdapterFileError
+from .export import Exported, export
 from .inject import Injection, inject
 from .load import load_adapter
 from .loaded import LoadedAdapter
+from .merge import adapters_of, merge_adapters
 from .report import LayerReport
 from .streams import assign_streams
 
 __all__ = [
     "AdapterFileError",
     "Attachment",
+    "Exported",
     "Injection",
     "LayerReport",
     "LoadedAdapter",
+    "adapters_of",
     "assign_streams",
     "attach",
     "detach",
+    "export",
     "inject",
     "load_adapter",
+    "merge_adapters",
 ]

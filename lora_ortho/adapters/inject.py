@@ -16,7 +16,7 @@ from lora_ortho.problem import finite_numbers
 
 from .components import Named, components, named
 from .convolution import OrthoLoRAConvolution
-from .loaded import LoadedAdapter
+from .loaded import LoadedAdapter, checked_adapters
 from .report import Handle, LayerReport, served_how
 from .targets import Shape, shape_of
 
@@ -136,7 +136,7 @@ def inject(
         TypeError, ValueError: an argument or a layer that does not fit, by name; then the model is
             as it was.
     """
-    adapters = _checked(adapters)
+    adapters = checked_adapters(adapters)
     modules = _modules(model)
     rates = None if p is None else finite_numbers("p", p, len(adapters))
     merge_weights = finite_numbers("weights", weights, len(adapters))
@@ -164,19 +164,6 @@ def inject(
     for name, layer in layers.items():
         _put(model, name, layer)
     return Injection(model, layers, members, tuple(report))
-
-
-def _checked(adapters: object) -> list[LoadedAdapter]:
-    if isinstance(adapters, LoadedAdapter) or not isinstance(adapters, Sequence):
-        kind = type(adapters).__name__
-        raise TypeError(f"adapters must be a list of what load_adapter returns, got {kind}")
-    for j, adapter in enumerate(adapters):
-        if not isinstance(adapter, LoadedAdapter):
-            kind = type(adapter).__name__
-            raise TypeError(f"adapters[{j}] must come from load_adapter, got {kind}")
-    if not adapters:
-        raise ValueError("adapters must hold at least one adapter, got none")
-    return list(adapters)
 
 
 def _modules(model: object) -> dict[str, Named]:

@@ -41,6 +41,20 @@ class LoadedAdapter:
         return f"LoadedAdapter({self.name!r}, {len(self.layers)} layers, from {str(self.source)!r})"
 
 
+def checked_adapters(adapters: object) -> list[LoadedAdapter]:
+    """A list of at least one loaded adapter; TypeError or ValueError for anything else."""
+    if isinstance(adapters, LoadedAdapter) or not isinstance(adapters, Sequence):
+        kind = type(adapters).__name__
+        raise TypeError(f"adapters must be a list of what load_adapter returns, got {kind}")
+    for j, adapter in enumerate(adapters):
+        if not isinstance(adapter, LoadedAdapter):
+            kind = type(adapter).__name__
+            raise TypeError(f"adapters[{j}] must come from load_adapter, got {kind}")
+    if not adapters:
+        raise ValueError("adapters must hold at least one adapter, got none")
+    return list(adapters)
+
+
 @dataclass(frozen=True)
 class Piece:
     """One layer's tensors in a file, by their keys.

@@ -50,19 +50,21 @@ class Problem:
         )
 
 
-def raise_problems(problems: Sequence[Problem]) -> None:
+def raise_problems(problems: Sequence[Problem], what: str = "attach") -> None:
     """ValueError with the first few of them; nothing where there are none."""
     if not problems:
         return
     lines = [str(problem) for problem in problems[:_SHOWN]]
     if len(problems) > _SHOWN:
         lines.append(f"and {len(problems) - _SHOWN} more")
-    raise ValueError("cannot attach: " + "; ".join(lines))
+    raise ValueError(f"cannot {what}: " + "; ".join(lines))
 
 
-def tuner_layers(model: Any) -> list[Named]:
+def tuner_layers(model: Any, *, attached: bool = False) -> list[Named]:
     """PEFT's layers in a model or pipeline, in name order, each once.
 
+    Args:
+        attached: take those that are attached too.
     Raises:
         TypeError: neither a module nor a pipeline.
         ValueError: there are none, or one is attached already.
@@ -79,7 +81,7 @@ def tuner_layers(model: Any) -> list[Named]:
             "load_adapter and inject"
         )
     for entry in layers:
-        if peft_layers.of(entry.module) is not None:
+        if not attached and peft_layers.of(entry.module) is not None:
             raise ValueError(f"layer {entry.name} is attached already; detach it first")
     return layers
 
@@ -151,17 +153,37 @@ def model_problems(model: Any, order: Sequence[str]) -> Iterator[Problem]:
         if len(biases) > 1:
             reason = 'both replace biases of the model (bias is not "none")'
             yield Problem(here, biases, reason)
-    peft = peft_package()
-    for entry in named(parts):
+    for entry, savers in _savers(parts, order):
         wrapper = entry.module
-        if not isinstance(wrapper, peft.utils.other.AuxiliaryTrainingWrapper):
-            continue
-        savers = tuple(name for name in order if name in wrapper._adapters)
         if len(savers) > 1:
             yield Problem(entry, savers, "both save this module; only one can be in its place")
-        elif savers and (wrapper.disable_adapters or savers[0] not in wrapper.active_adapters):
+        elif wrapper.disable_adapters or savers[0] not in wrapper.active_adapters:
             reason = "saves this module and is not active there; activate it with PEFT first"
             yield Problem(entry, savers, reason)
+
+
+def saving_problems(model: Any, order: Sequence[str]) -> Iterator[Problem]:
+    """What adapters change besides their layers, where only the layers are to be saved."""
+    parts = components(model)
+    for part, root in parts.items():
+        for name, config in _configs(root).items():
+            if name in order and getattr(config, "bias", "none") != "none":
+                reason = f"replaces biases of the model (bias={config.bias!r}), which would be lost"
+                yield Problem(Named(part, 0, root), (name,), reason)
+    for entry, savers in _savers(parts, order):
+        yield Problem(entry, savers, "saves this module, which would be lost")
+
+
+def _savers(
+    parts: Mapping[str, nn.Module], order: Sequence[str]
+) -> Iterator[tuple[Named, tuple[str, ...]]]:
+    """Modules that adapters replace as a whole, and which of `order` do."""
+    peft = peft_package()
+    for entry in named(parts):
+        if isinstance(entry.module, peft.utils.other.AuxiliaryTrainingWrapper):
+            savers = tuple(name for name in order if name in entry.module._adapters)
+            if savers:
+                yield entry, savers
 
 
 def warn_of_changed_bases(model: Any, order: Sequence[str]) -> None:

@@ -90,7 +90,7 @@ def _read_inputs(text: str) -> tuple[str, dict[str, Tensor]]:
     name, equals, file = text.partition("=")
     if not (name and equals and file):
         raise CliError(f"--inputs must be NAME=FILE, got {text!r}")
-    return name, read_tensors(Path(file))
+    return name, read_tensors(Path(file)).tensors
 
 
 def as_text(report: Report, every_layer: bool = False) -> str:

@@ -85,7 +85,7 @@ def model_kind(config: MergeConfig) -> str:
 
 
 def _export(args: argparse.Namespace, config: MergeConfig, progress: Progress) -> int:
-    from lora_ortho.adapters import export  # type: ignore[attr-defined]
+    from lora_ortho.adapters import export
 
     check_free(args.export, args.force)
     progress("reading the adapters")

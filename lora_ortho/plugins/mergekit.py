@@ -30,7 +30,7 @@ from mergekit.merge_methods.easy_define import merge_method
 from mergekit.merge_methods.registry import register, registered_methods
 
 from lora_ortho.adapters import AdapterFileError, LoadedAdapter, assign_streams
-from lora_ortho.adapters.peft_folder import CONFIG_FILE
+from lora_ortho.adapters.peft_config import CONFIG_FILE
 from lora_ortho.adapters.tensor_file import open_regular, parse_json_object
 from lora_ortho.cli.console import CliError, one_line
 from lora_ortho.cli.merge_config import read_config

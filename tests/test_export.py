@@ -1,0 +1,320 @@
+"""export: what is written runs in PEFT and here as the merge did; refusals leave no file."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from models import KINDS, SUBJECTS, Subject, adapted
+from safetensors import safe_open
+from test_adapters_images import kohya, write
+from test_attach import Small, X, layer, make
+from torch import Tensor, nn
+
+import lora_ortho
+from lora_ortho import attach, export, inject, load_adapter
+from lora_ortho.adapters import adapters_of
+
+peft = pytest.importorskip("peft", reason="PEFT is not installed: nothing to export for")
+
+
+@pytest.fixture(params=SUBJECTS)
+def subject(request: pytest.FixtureRequest) -> Subject:
+    return SUBJECTS[request.param]
+
+
+def reloaded(base: nn.Module, folder: Path) -> Any:
+    """A model with the exported adapter, in PEFT."""
+    model = peft.PeftModel.from_pretrained(base, folder)
+    return model.double().eval()
+
+
+def close(ours: Tensor, theirs: Tensor, relative: float = 1e-9) -> None:
+    size = relative * float(theirs.abs().max())
+    torch.testing.assert_close(ours, theirs, rtol=relative, atol=size)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", [*KINDS, "all"])
+def test_direct_runs_as_the_merge_did(tmp_path: Path, subject: Subject, kind: str) -> None:
+    """rsLoRA, unequal ranks, patterns, biases, convolutions, Conv1D; in PEFT and here."""
+    if subject is SUBJECTS["smollm"] and kind != "all":
+        pytest.skip("the real model runs once, with all kinds of adapters together")
+    kinds = [*KINDS] if kind == "all" else [kind]
+    model = adapted(subject, *kinds)
+    weights = [0.5 + 0.25 * j for j in range(len(kinds))]
+    with attach(model, method="direct", weights=weights):
+        expected = subject.run(model)
+        written = export(model, tmp_path / "x", weights=weights)
+    assert written.path == tmp_path / "x"
+    assert set(written.errors.values()) == {0.0}
+    base = subject.make()
+    theirs = subject.run(reloaded(base, tmp_path / "x"))
+    close(theirs, expected)
+    bare = subject.make()
+    with inject(bare, [load_adapter(tmp_path / "x", bare)], method="direct"):
+        close(subject.run(bare), expected)
+
+
+@torch.no_grad()
+def test_ortho_rows_are_the_masks_of_one_token(tmp_path: Path) -> None:
+    """Every layer gets one token, row 0, so that the run-time merge is a weight."""
+    subject = SUBJECTS["llama"]
+    model = adapted(subject, *KINDS)
+    token = torch.tensor([[7]])
+    weights = [1.0, -0.5, 2.0, 0.25]
+    with attach(model, seed=11, weights=weights) as handle:
+        handle.set(sample=3)
+        expected = model(input_ids=token).logits
+    export(model, tmp_path / "x", "ortho_rows", seed=11, sample=3, weights=weights)
+    theirs = reloaded(subject.make(), tmp_path / "x")(input_ids=token).logits
+    close(theirs, expected)
+    p = [0.9, 0.7, 0.8, 0.6]
+    with attach(model, seed=11, p=p):
+        expected = model(input_ids=token).logits
+    export(model, tmp_path / "x", "ortho_rows", seed=11, p=p, force=True)
+    close(reloaded(subject.make(), tmp_path / "x")(input_ids=token).logits, expected)
+
+
+@torch.no_grad()
+def test_ortho_rows_of_image_models(tmp_path: Path) -> None:
+    """Layer by layer, since a forward has many tokens; a convolution at its first place."""
+    subject = SUBJECTS["unet"]
+    model = adapted(subject, "plain", "offset")
+    export(model, tmp_path / "x", "ortho_rows", seed=5)
+    merged = reloaded(subject.make(), tmp_path / "x")
+    for name, x in (
+        (subject.layer, torch.randn(1, 32, dtype=torch.float64)),
+        (str(subject.convolution), torch.randn(1, 48, 1, 1, dtype=torch.float64)),
+    ):
+        with attach(model, seed=5):
+            expected = layer(model, name)(x)
+        close(layer(merged, name)(x), expected)
+
+
+@torch.no_grad()
+def test_loaded_adapters_of_several_layouts(tmp_path: Path) -> None:
+    """A folder of PEFT and a file of kohya's, merged without PEFT."""
+    subject = SUBJECTS["unet"]
+    model = adapted(subject, "patterns", "rslora")
+    expected = subject.run(model)
+    adapted(subject, "patterns").save_pretrained(tmp_path)
+    file = write(tmp_path / "k.safetensors", kohya(model, "rslora"))
+    bare = subject.make()
+    loaded = [load_adapter(path, bare) for path in (tmp_path / "patterns", file)]
+    export(loaded, tmp_path / "x", model=bare)
+    close(subject.run(reloaded(bare, tmp_path / "x")), expected)
+
+
+def test_metadata(tmp_path: Path) -> None:
+    model = make("one", "two")
+    model.save_pretrained(tmp_path)
+    loaded = [load_adapter(tmp_path / name) for name in ("one", "two")]
+    export(loaded, tmp_path / "x", "ortho_rows", seed=7, sample=2, p=[0.75, 0.5], weights=[1, 0.5])
+    with safe_open(tmp_path / "x" / "adapter_model.safetensors", "pt") as file:
+        made = json.loads(file.metadata()["lora_ortho"])
+    assert (made["method"], made["seed"], made["sample"], made["rank"]) == (
+        "ortho_rows",
+        7,
+        2,
+        None,
+    )
+    assert made["versions"]["lora_ortho"] == lora_ortho.__version__
+    assert [(a["name"], a["p"], a["weight"]) for a in made["adapters"]] == [
+        ("one", 0.75, 1.0), ("two", 0.5, 0.5)
+    ]  # fmt: skip
+    for entry in made["adapters"]:
+        for name, digest in entry["sha256"].items():
+            data = (tmp_path / entry["name"] / name).read_bytes()
+            assert hashlib.sha256(data).hexdigest() == digest
+        assert len(entry["sha256"]) == 2
+
+
+def test_hashes_of_a_models_adapters() -> None:
+    model = make("one")
+    (before,) = adapters_of(model)
+    with torch.no_grad():
+        layer(model, "up").lora_A["one"].weight[0, 0] += 1
+    (after,) = adapters_of(model)
+    assert before.sha256["tensors"] != after.sha256["tensors"]
+    assert adapters_of(model)[0].sha256 == after.sha256
+
+
+def test_the_same_bytes_twice(tmp_path: Path) -> None:
+    model = make()
+    for name in ("a", "b"):
+        export(model, tmp_path / name, "ortho_rows", seed=3)
+    for file in ("adapter_config.json", "adapter_model.safetensors"):
+        first, second = ((tmp_path / name / file).read_bytes() for name in ("a", "b"))
+        assert first == second
+    assert sorted(os.listdir(tmp_path)) == ["a", "b"]
+
+
+@torch.no_grad()
+def test_reduced_rank(tmp_path: Path) -> None:
+    """The error that is returned is the one that is made."""
+    model = make("one", "two", "three", base=Small().double()).double()
+    written = export(model, tmp_path / "x", rank=4)
+    full = {entry: layer(model, entry) for entry in ("up", "down", "image")}
+    assert written.ranks == {"up": 4, "down": 4, "image": 4}
+    loaded = load_adapter(tmp_path / "x")
+    for name, module in full.items():
+        exact = sum(module.get_delta_weight(n) for n in ("one", "two", "three")).flatten(1)
+        part = loaded.layers[name]
+        error = float((exact - part.lora_B @ part.lora_A).norm() / exact.norm())
+        assert written.errors[name] == pytest.approx(error, rel=1e-6)
+        sizes = torch.linalg.svdvals(exact)
+        assert error == pytest.approx(float(sizes[4:].norm() / sizes.norm()), rel=1e-6)
+    assert "3 layers, ranks 4 to 4, relative error at most 0." in str(written)
+    assert max(written.errors.values()) > 0.05
+
+
+def test_dtype(tmp_path: Path) -> None:
+    model = make()
+    export(model, tmp_path / "x", dtype=torch.bfloat16)
+    assert load_adapter(tmp_path / "x").layers["up"].lora_A.dtype == torch.bfloat16
+    assert (
+        load_adapter(export(model, tmp_path / "y").path).layers["up"].lora_A.dtype == torch.float32
+    )
+    with torch.no_grad():
+        layer(model, "up").lora_B["one"].weight[0, 0] = 1e6
+    refused(tmp_path, model, ValueError, "up.lora_B.weight is not finite in torch.float16",
+            dtype=torch.float16)  # fmt: skip
+
+
+class Nested(nn.Module):
+    """A layer whose name is the end of another's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.inner = nn.Linear(6, 6), nn.Module()
+        self.inner.up = nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner.up(self.up(x))  # type: ignore[no-any-return, operator]
+
+
+def test_names_that_end_in_names(tmp_path: Path) -> None:
+    """PEFT takes names as suffixes: only the layers that were exported may be adapted."""
+    config = peft.LoraConfig(r=2, target_modules="^up", init_lora_weights=False)
+    model = peft.get_peft_model(Nested(), config, "one")
+    config = peft.LoraConfig(r=3, target_modules="^up", init_lora_weights=False)
+    model.add_adapter("two", config)
+    model.base_model.set_adapter(["one", "two"])
+    expected = model(X)
+    export(model, tmp_path / "x")
+    model.unload()
+    again = peft.PeftModel.from_pretrained(model.base_model.model, tmp_path / "x")
+    assert [n for n, m in again.named_modules() if hasattr(m, "lora_A")] == ["base_model.model.up"]
+    torch.testing.assert_close(again(X), expected, rtol=1e-5, atol=1e-5)
+
+
+# Refusals
+
+
+def refused(
+    folder: Path, source: Any, error: type[Exception], *parts: str, **arguments: Any
+) -> None:
+    before = sorted(os.listdir(folder))
+    with pytest.raises(error) as caught:
+        export(source, folder / "refused", **arguments)
+    for part in parts:
+        assert part in str(caught.value), str(caught.value)
+    assert sorted(os.listdir(folder)) == before
+
+
+@pytest.mark.parametrize("method", ["orthogonal", "dropout"])
+def test_stochastic_merges_are_refused(tmp_path: Path, method: str) -> None:
+    refused(tmp_path, make(), ValueError, method, "new masks for every token", '"ortho_rows"',
+            '"direct"', "attach or inject", method=method)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "part"),
+    [
+        ({"method": "ties"}, ValueError, "method must be"),
+        ({"rank": 0}, ValueError, "rank must be at least 1"),
+        ({"rank": 2.0}, TypeError, "rank must be an int"),
+        ({"p": [0.5]}, ValueError, "p must hold 2 values"),
+        ({"p": [0.1, 0.1], "method": "ortho_rows"}, ValueError, "smallest admissible rate"),
+        ({"weights": [1.0]}, ValueError, "weights must hold 2 values"),
+        ({"adapters": ["three"]}, ValueError, "model has no 'three'"),
+        ({"seed": "x", "method": "ortho_rows"}, TypeError, "seed must be"),
+        ({"dtype": torch.int8}, TypeError, "dtype must be"),
+    ],
+)
+def test_wrong_arguments(
+    tmp_path: Path, arguments: dict[str, Any], error: type[Exception], part: str
+) -> None:
+    refused(tmp_path, make(), error, part, **arguments)
+
+
+def test_wrong_sources(tmp_path: Path) -> None:
+    refused(tmp_path, [], ValueError, "at least one adapter")
+    refused(tmp_path, [3], TypeError, "adapters[0] must come from load_adapter")
+    refused(tmp_path, Small(), ValueError, "holds no PEFT layers")
+    loaded = adapters_of(make())
+    refused(tmp_path, loaded, ValueError, "of a module only", adapters=["one"])
+    with pytest.raises(TypeError, match="path must be a path"):
+        export(loaded, 3)  # type: ignore[arg-type]
+    del (other := Small()).up
+    refused(tmp_path, loaded, ValueError, "model has no layer up", model=other)
+
+
+def test_pipelines_go_part_by_part(tmp_path: Path) -> None:
+    from test_attach_models import pipeline
+
+    pipe = pipeline()
+    pipe.unet.add_adapter(peft.LoraConfig(r=2, target_modules=["to_q"]), "one")
+    refused(tmp_path, pipe, ValueError, "model must be one module, not a pipeline")
+    assert len(export(pipe.unet, tmp_path / "x").ranks) > 5
+
+
+def test_what_an_adapter_would_lose(tmp_path: Path) -> None:
+    """Variants, saved modules and biases are not low-rank factors."""
+    for name, fields, part in (
+        ("up", {"use_dora": True}, "is a variant"),
+        ("head", {"modules_to_save": ["head"]}, "saves this module, which would be lost"),
+        ("the model", {"bias": "lora_only"}, "replaces biases of the model"),
+    ):
+        config = peft.LoraConfig(r=2, target_modules=["up"], **fields)
+        model = peft.get_peft_model(Small(), config, "one")
+        refused(tmp_path, model, ValueError, "cannot take adapters", name, "'one'", part)
+
+
+def test_existing_folder(tmp_path: Path) -> None:
+    model = make()
+    export(model, tmp_path / "refused")
+    before = (tmp_path / "refused" / "adapter_model.safetensors").read_bytes()
+    refused(tmp_path, model, FileExistsError, "exists; force=True", weights=[2.0, 1.0])
+    assert (tmp_path / "refused" / "adapter_model.safetensors").read_bytes() == before
+    export(model, tmp_path / "refused", weights=[2.0, 1.0], force=True)
+    assert (tmp_path / "refused" / "adapter_model.safetensors").read_bytes() != before
+    assert os.listdir(tmp_path) == ["refused"]
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_a_failure_on_the_way_leaves_what_was_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, force: bool
+) -> None:
+    model = make()
+    if force:
+        export(model, tmp_path / "refused")
+        before = (tmp_path / "refused" / "adapter_model.safetensors").read_bytes()
+    module: Any = sys.modules["lora_ortho.adapters.export"]
+    for place, name in ((module, "save"), (module.os, "rename")):
+
+        def fail(*_: Any, **__: Any) -> None:
+            raise OSError("no space left")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(place, name, fail)
+            refused(tmp_path, model, OSError, "no space left", force=force, weights=[2.0, 1.0])
+    if force:
+        assert (tmp_path / "refused" / "adapter_model.safetensors").read_bytes() == before
