@@ -40,7 +40,7 @@ _REINSTALL = "then pip install again"
 _ADVICE = (
     ("without its compiled", f"install a C++17 compiler and CMake, {_REINSTALL}"),
     ("this version of lora_ortho has no", "install a newer lora_ortho"),
-    ("(?i)triton.*not installed|no module.*triton", "pip install triton"),
+    ("triton cannot be imported", "pip install triton"),
     ("(?i)built without|without cuda|nvcc", f"install the CUDA toolkit (nvcc), {_REINSTALL}"),
     ("(?i)driver", "install or update the NVIDIA driver; nvidia-smi must list a device"),
     (

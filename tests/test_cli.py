@@ -254,8 +254,11 @@ def test_doctor_notices_wrong_draws(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_doctor_advice_and_openmp(tmp_path: Path) -> None:
     assert "compiler" in doctor.advice("lora_ortho was installed without its compiled CPU kernels")
-    assert "pip install triton" in doctor.advice("No module named 'triton'")
-    assert "NVIDIA" in doctor.advice("no GPU here")
+    assert "pip install triton" in doctor.advice("triton cannot be imported: No module named 'x'")
+    assert "nvcc" in doctor.advice("the library was built without its CUDA kernels")
+    assert "nvidia-smi" in doctor.advice("no NVIDIA GPU, or no driver for one")
+    assert "NVIDIA GPU" in doctor.advice("torch sees no NVIDIA or AMD GPU")
+    assert doctor.advice("the stars are wrong") == "see README.md"
     maps = tmp_path / "maps"
     maps.write_text(
         "7f00 r-xp 00 fe:00 1 /a/libgomp.so.1\n7f01 r-xp 00 fe:00 1 /a/libgomp.so.1\n"
@@ -281,7 +284,8 @@ def test_bench_passes_its_options_on(
     given: list[list[str]] = []
     module: Any = types.ModuleType("lora_ortho.benchmarks")
 
-    def benchmarks(arguments: list[str]) -> int:
+    def benchmarks(arguments: list[str], program: str) -> int:
+        assert program == "lora-ortho bench"
         given.append(list(arguments))
         return 7
 

@@ -91,6 +91,10 @@ def test_every_method_in_one_grid(
                 assert not torch.equal(made[one], made[two]), (one, two)
     difference = (made["dropout"] - made["direct"]).abs().float().mean()
     assert result["difference"]["dropout"]["direct"] == pytest.approx(float(difference), rel=1e-6)
+    # The masks are drawn from the configuration's seed, whatever the generator was before.
+    torch.manual_seed(99)
+    assert main(["merge", str(workplace / "merge.toml"), "--force", "--quiet"]) == 0
+    assert torch.equal(pictures(out / "orthogonal"), made["orthogonal"])
 
 
 def by_diffusers(workplace: Path) -> dict[str, torch.Tensor]:

@@ -176,6 +176,8 @@ def test_rates_are_checked_where_adapters_meet() -> None:
         "p: 1 - p sums to 1.25 in all, the orthogonal merge needs at most 1; "
         "a rate of 0.666667 for each of its 3 adapters works"
     )
+    apart = [made(name, {name: random_adapter(1, 1)}) for name in "ab"]
+    assert inspect(apart, p=[0.1, 0.2]).problems == ()  # they never meet
     (problem,) = inspect(adapters, p=[0.5, 0.5, 1 - 1e-9]).problems
     assert problem.startswith("p[2]: ")
 
