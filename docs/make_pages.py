@@ -123,7 +123,15 @@ def _prose(text: str) -> list[str]:
 
 def support() -> str:
     """The text of docs/adapters_support.md."""
-    from lora_ortho.adapters import peft_config, peft_folder, peft_layers, report, tensor_file
+    from lora_ortho.adapters import (
+        converters,
+        image_file,
+        peft_config,
+        peft_folder,
+        peft_layers,
+        report,
+        tensor_file,
+    )
 
     fused, delta = f"`{report.FUSED}`", f"`{report.DELTA}`"
     convolution, skipped = f"`{report.CONVOLUTION}`", f"`{report.SKIPPED}`"
@@ -159,7 +167,24 @@ def support() -> str:
         "pickles are never loaded; a key that has no place is refused.",
         _table(
             ("part of a key", "refused as"),
-            [(f"`{part}`", kind) for part, kind in sorted(peft_folder._FOREIGN.items())],
+            [(f"`{part}`", kind) for part, kind in sorted(peft_folder.FOREIGN.items())],
+        ),
+        "## Files of image models",
+        "A key of diffusers begins with the part of the pipeline; one of kohya's has the layer's "
+        "name with underscores, and is looked up in the model: two matches are an error. Layers "
+        "that are numbered otherwise go through diffusers' own converters for "
+        + ", ".join(f"`{name}`" for name in sorted(converters._CONVERTERS))
+        + ".",
+        _table(
+            ("kohya's prefix", "part of the pipeline"),
+            [
+                (f"`{prefix}`", " or ".join(f"`{part}`" for part in found))
+                for prefix, found in image_file._KOHYA.items()
+            ],
+        ),
+        _table(
+            ("end of a key", "read as"),
+            [(f"`{end}`", _ROLES[role]) for end, role in image_file._ROLES.items()],
         ),
         "## adapter_config.json",
         f"A field that is not listed must be off. `init_lora_weights` may be true, false or one of "
@@ -169,6 +194,12 @@ def support() -> str:
     return "\n\n".join(parts) + "\n"
 
 
+_ROLES: Mapping[str, str] = {
+    "A": "lora_A (r, d_in)",
+    "B": "lora_B (d_out, r)",
+    "bias": "bias (d_out,)",
+    "alpha": "alpha; a missing one is r",
+}
 _BASES: Mapping[str, str] = {"Linear": "on a plain `nn.Linear`; any other base as `base + delta`"}
 
 

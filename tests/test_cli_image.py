@@ -124,6 +124,19 @@ def by_diffusers(workplace: Path) -> dict[str, torch.Tensor]:
     return made
 
 
+def test_inspect_finds_kohyas_names_in_the_pipeline(
+    workplace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    paths = [str(workplace / f"{name}.safetensors") for name in ("one", "two")]
+    assert main(["inspect", *paths, "--quiet"]) == 1
+    assert "give it as model" in capsys.readouterr().err
+    assert main(["inspect", *paths, "--model", str(workplace / "base"), "--json", "--quiet"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [adapter["layers"] for adapter in found["adapters"]] == [16, 16]
+    assert len(found["pairs"]) == 16
+    assert {layer["name"].partition(".")[0] for layer in found["layers"]} == {"unet"}
+
+
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [

@@ -25,6 +25,8 @@ from .console import (
     to_json,
     write_whole,
 )
+from .merge import model_kind
+from .merge_config import MergeConfig
 
 _SHOWN_LAYERS = 5  # of the layers with the most overlap, without --layers
 
@@ -37,6 +39,12 @@ def add_parser(commands: Any) -> None:
         "Exit status 1 where they cannot be merged.",
     )
     parser.add_argument("paths", nargs="+", metavar="PATH", help="adapter: what load_adapter reads")
+    parser.add_argument(
+        "--model",
+        metavar="MODEL",
+        help="base model, a folder or a repository of the hub, to look layers up in: kohya's files "
+        "need it",
+    )
     parser.add_argument(
         "--p", nargs="+", type=float, metavar="RATE", help="dropout rates to check, one an adapter"
     )
@@ -61,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
         check_free(args.plot, args.force)
         from .heat_map import draw  # an error about matplotlib comes before the work
     progress = Progress(args.quiet)
-    adapters = _load(args.paths, progress)
+    adapters = _load(args.paths, args.model, progress)
     inputs = dict(_read_inputs(text) for text in args.inputs)
     report = inspect(adapters, p=args.p, inputs=inputs, step=progress)
     if args.plot is not None:
@@ -70,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
     return 1 if report.problems else 0
 
 
-def _load(paths: Sequence[str], progress: Progress) -> list[LoadedAdapter]:
+def _load(paths: Sequence[str], base: str | None, progress: Progress) -> list[LoadedAdapter]:
     """The adapters, each with a name of its own: as much of its path as that takes."""
     resolved = [Path(path).resolve() for path in paths]
     if len(set(resolved)) < len(resolved):
@@ -79,11 +87,25 @@ def _load(paths: Sequence[str], progress: Progress) -> list[LoadedAdapter]:
     depth = 1
     while len({path.parts[-depth:] for path in resolved}) < len(resolved):
         depth += 1
+    model = None if base is None else _load_model(base, progress)
     adapters = []
     for path, where in zip(paths, resolved, strict=True):
         progress(f"reading {path}")
-        adapters.append(load_adapter(path, name="/".join(where.parts[-depth:])))
+        adapters.append(load_adapter(path, model, name="/".join(where.parts[-depth:])))
     return adapters
+
+
+def _load_model(base: str, progress: Progress) -> Any:
+    """A language model or an image pipeline, on the CPU."""
+    config = MergeConfig((), pipe_id=base, device="cpu")
+    progress(f"loading {base}")
+    if model_kind(config) == "image":
+        from . import merge_image
+
+        return merge_image.load(config)
+    from . import merge_language
+
+    return merge_language.load(config)[0]
 
 
 def _read_inputs(text: str) -> tuple[str, dict[str, Tensor]]:
