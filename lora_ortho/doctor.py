@@ -174,7 +174,7 @@ def _backend(name: str, reason: str | None) -> Backend:
 
 
 def _version(distribution: str, module: str) -> str | None:
-    if importlib.util.find_spec(module) is None:
+    if module not in sys.modules and importlib.util.find_spec(module) is None:
         return None
     try:
         return importlib.metadata.version(distribution)

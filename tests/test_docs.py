@@ -94,7 +94,7 @@ def test_page_runs(
     name: str, tmp_path: Path, shell: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for module, distribution in NEEDS[name].items():
-        if importlib.util.find_spec(module) is None:
+        if module not in sys.modules and importlib.util.find_spec(module) is None:
             pytest.skip(f"docs/{name}.md: {distribution} is not installed")
     if name == "cpp" and shutil.which("c++") is None:
         pytest.skip("docs/cpp.md: there is no C++ compiler")

@@ -98,8 +98,8 @@ def save_image_pipeline(folder: Path, seed: int = 0) -> Path:
     diffusers.StableDiffusionPipeline(
         vae=vae, text_encoder=transformers.CLIPTextModel(text),
         tokenizer=transformers.CLIPTokenizer(*files, model_max_length=16), unet=unet,
-        scheduler=diffusers.DDIMScheduler(steps_offset=1, clip_sample=False), safety_checker=None, feature_extractor=None,
-        requires_safety_checker=False,
+        scheduler=diffusers.DDIMScheduler(steps_offset=1, clip_sample=False),
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
     ).save_pretrained(folder)  # fmt: skip
     return folder
 
