@@ -38,6 +38,7 @@ PACKAGES = (
 # What to do about a backend that does not work: the first pattern found in its reason.
 _REINSTALL = "then pip install again"
 _ADVICE = (
+    ("broken installation", "uninstall lora_ortho and install it again"),
     ("without its compiled", f"install a C++17 compiler and CMake, {_REINSTALL}"),
     ("this version of lora_ortho has no", "install a newer lora_ortho"),
     ("triton cannot be imported", "pip install triton"),
@@ -101,7 +102,7 @@ class Diagnosis:
 
 def diagnose() -> Diagnosis:
     """Looks at this process and machine, and runs each backend that works on a tiny problem."""
-    found = tuple(_backend(name, reason) for name, reason in backends.available().items())
+    found = tuple(_backend(name) for name in backends.NAMES)
     sets = cpu.instruction_sets()
     chosen = os.environ.get(cpu.ISA_VARIABLE, "auto")
     in_use = (sets[-1] if chosen == "auto" else chosen) if sets else None
@@ -164,7 +165,11 @@ def loaded_openmp(maps: Path = Path("/proc/self/maps")) -> tuple[str, ...]:
     return tuple(sorted(set(re.findall(r"(/\S*lib(?:gomp|omp|iomp5)[-.\w]*\.so\S*)", text))))
 
 
-def _backend(name: str, reason: str | None) -> Backend:
+def _backend(name: str) -> Backend:
+    try:
+        reason: str | None = backends.get(name).unavailable()
+    except Exception as error:  # parts of different versions
+        reason = f"broken installation: {type(error).__name__}: {error}"
     if reason is not None:
         return Backend(name, reason, advice(reason), None)
     check = self_check(name)

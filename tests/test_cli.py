@@ -103,6 +103,9 @@ def test_inspect_plot(
     assert main(["inspect", *folders, "--plot", str(picture), "--force"]) == 0
     assert picture.read_bytes().startswith(PNG)
     assert [path.name for path in picture.parent.iterdir()] == ["map.png"]
+    odd = folders[0].replace("one", "$\\frac{一}$")
+    Path(folders[0]).rename(odd)
+    assert main(["inspect", odd, folders[1], "--plot", str(picture), "--force"]) == 0
 
 
 def test_a_plot_that_fails_leaves_no_file(
@@ -245,6 +248,17 @@ def test_doctor_notices_wrong_masks(
     out = capsys.readouterr().out
     assert "BROKEN: wrong output" in out
     assert "something is broken" in out
+
+
+def test_doctor_survives_parts_of_different_versions(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing() -> None:
+        raise AttributeError("no cuda_unavailable")
+
+    monkeypatch.setattr(backends.get("cpu"), "unavailable", missing)
+    (found,) = (b for b in doctor.diagnose().backends if b.name == "cpu")
+    assert found.reason == "broken installation: AttributeError: no cuda_unavailable"
+    assert found.advice is not None
+    assert "install it again" in found.advice
 
 
 def test_doctor_notices_wrong_draws(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,8 @@ LORA = '[[loras]]\nfile_path = "x"\n'
     ("text", "message"),
     [
         ("prompt = ", "not valid TOML"),
+        (f"prompt = {'[' * 100000}", "nested too deeply"),
+        ('prompt = "\\x00', "not valid TOML"),
         ('prompt = "x"', r"needs at least one \[\[loras\]\] table"),
         ("loras = 3", r"needs at least one \[\[loras\]\] table"),
         ("[[loras]]\n", r"loras\[0\]: file_path is missing"),
@@ -109,6 +112,23 @@ def test_refused_files(
     (line,) = captured.err.splitlines()
     assert str(file) in line
     assert re.search(message, line), line
+
+
+def test_files_that_cannot_be_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    os.mkfifo(tmp_path / "pipe.toml")
+    (tmp_path / "long.toml").write_bytes(b"#" * (1024 * 1024 + 1))
+    (tmp_path / "latin.toml").write_bytes(b'prompt = "\xe9"')
+    for name, message in {
+        "none.toml": "No such file",
+        "pipe.toml": "not a regular file",
+        "long.toml": "larger than",
+        "latin.toml": "not valid TOML",
+    }.items():
+        assert main(["merge", str(tmp_path / name)]) == 1
+        (line,) = capsys.readouterr().err.splitlines()
+        assert message in line
+    assert main(["merge", str(tmp_path)]) == 1
+    assert "not a regular file" in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")
@@ -263,4 +283,46 @@ def test_refused_runs(
     assert captured.out == ""
     (line,) = captured.err.splitlines()
     assert message in line
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("method", ["direct", "ortho_rows"])
+def test_export(
+    method: str, workplace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The saved adapter is the one that `lora_ortho.export` makes of the same settings."""
+    out = tmp_path / "merged"
+    arguments = ["merge", str(workplace / "merge.toml"), "--export", str(out), "--quiet"]
+    assert main([*arguments, "--method", method, "--json"]) == 0
+    ranks = json.loads(capsys.readouterr().out)["ranks"]
+    assert set(ranks.values()) == {8}
+    adapters = [lora_ortho.load_adapter(workplace / name) for name in ("one", "two")]
+    settings: Any = {"p": [0.5, 0.5], "weights": [1.0, 0.5], "seed": 0}
+    lora_ortho.export(adapters, tmp_path / "wanted", method, **settings)
+    wanted = lora_ortho.load_adapter(tmp_path / "wanted").layers
+    found = lora_ortho.load_adapter(out).layers
+    assert list(found) == list(wanted) == list(ranks)
+    for name, part in wanted.items():
+        assert torch.equal(found[name].lora_A, part.lora_A)
+        assert torch.equal(found[name].lora_B, part.lora_B)
+    before = (out / "adapter_model.safetensors").read_bytes()
+    assert main([*arguments, "--method", "direct"]) == 1
+    assert "--force" in capsys.readouterr().err
+    assert (out / "adapter_model.safetensors").read_bytes() == before
+    assert main([*arguments, "--force", "--rank", "3", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert set(result["ranks"].values()) == {3}
+    assert all(0 < error < 1 for error in result["errors"].values())
+
+
+@pytest.mark.parametrize("method", ["orthogonal", "dropout", "ties"])
+def test_export_refuses_what_is_no_weight(
+    method: str, workplace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "merged"
+    arguments = ["merge", str(workplace / "merge.toml"), "--export", str(out), "--quiet"]
+    assert main([*arguments, "--method", method]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "ortho_rows" in line
+    assert "direct" in line
     assert not out.exists()

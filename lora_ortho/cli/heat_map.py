@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
@@ -60,7 +61,8 @@ def draw(report: Report, path: Path) -> None:
     panel = 0.19 * len(parts) + 0.75
     width = min(max(0.16 * len(blocks), 3.5), 11.0)
     height = max(panel * len(shown) + 0.9, 5.6)
-    with plt.rc_context(cast(Any, _STYLE)):
+    with plt.rc_context(cast(Any, _STYLE)), warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of letters that the font does not have
         figure = plt.figure(figsize=(6.2 + width, height), dpi=120, layout="constrained")
         figure.suptitle(
             "Overlap of output spaces: 0 orthogonal, 1 one inside the other",
@@ -75,7 +77,7 @@ def draw(report: Report, path: Path) -> None:
         for row, key in enumerate(shown):
             axes = figure.add_subplot(grid[row, 1])
             image = _layers(axes, groups[key], blocks, parts, top)
-            axes.set_title(f"{key[0]} & {key[1]}")
+            axes.set_title(_literal(f"{key[0]} & {key[1]}"))
             if row < len(shown) - 1:
                 axes.set_xticklabels([])
         if axes is not None and blocks != [""]:
@@ -94,6 +96,7 @@ def _matrix(
 ) -> None:
     """Adapter by adapter, the mean over the layers they share."""
     names = [adapter.name for adapter in report.adapters]
+    labels = [_literal(name) for name in names]
     values = [[float("nan")] * len(names) for _ in names]
     for (one, two), pairs in groups.items():
         mean = fmean(p.outputs.share for p in pairs)
@@ -105,8 +108,8 @@ def _matrix(
             axes.text(j, i, f"{mean:.3f}\n({chance:.3f})", ha="center", va="center", fontsize=8.5,
                       color=colour)  # fmt: skip
     axes.imshow(values, cmap=_COLOURS, vmin=0, vmax=top)
-    axes.set_xticks(range(len(names)), names, rotation=30, ha="right", rotation_mode="anchor")
-    axes.set_yticks(range(len(names)), names)
+    axes.set_xticks(range(len(names)), labels, rotation=30, ha="right", rotation_mode="anchor")
+    axes.set_yticks(range(len(names)), labels)
     axes.set_title("mean over layers (chance)")
 
 
@@ -120,11 +123,16 @@ def _layers(
         values[parts.index(part)][blocks.index(block)] = pair.outputs.share
     image = axes.imshow(values, cmap=_COLOURS, vmin=0, vmax=top, aspect="auto")
     axes.set_facecolor("#e9eaec")  # no such layer, or not shared
-    axes.set_yticks(range(len(parts)), parts, fontsize=8)
+    axes.set_yticks(range(len(parts)), map(_literal, parts), fontsize=8)
     step = max(1, len(blocks) // 12)
     labels = _short(blocks)
     axes.set_xticks(range(0, len(blocks), step), labels[::step], fontsize=8)
     return image
+
+
+def _literal(name: str) -> str:
+    """A name as it is: a dollar sign would begin a formula."""
+    return name.replace("$", r"\$")
 
 
 def _short(blocks: Sequence[str]) -> list[str]:

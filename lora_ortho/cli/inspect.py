@@ -25,7 +25,7 @@ from .console import (
     to_json,
     write_whole,
 )
-from .merge import model_kind
+from .merge import load_base
 from .merge_config import MergeConfig
 
 _SHOWN_LAYERS = 5  # of the layers with the most overlap, without --layers
@@ -87,25 +87,13 @@ def _load(paths: Sequence[str], base: str | None, progress: Progress) -> list[Lo
     depth = 1
     while len({path.parts[-depth:] for path in resolved}) < len(resolved):
         depth += 1
-    model = None if base is None else _load_model(base, progress)
+    config = MergeConfig((), pipe_id=base, device="cpu")
+    model = None if base is None else load_base(config, progress)
     adapters = []
     for path, where in zip(paths, resolved, strict=True):
         progress(f"reading {path}")
         adapters.append(load_adapter(path, model, name="/".join(where.parts[-depth:])))
     return adapters
-
-
-def _load_model(base: str, progress: Progress) -> Any:
-    """A language model or an image pipeline, on the CPU."""
-    config = MergeConfig((), pipe_id=base, device="cpu")
-    progress(f"loading {base}")
-    if model_kind(config) == "image":
-        from . import merge_image
-
-        return merge_image.load(config)
-    from . import merge_language
-
-    return merge_language.load(config)[0]
 
 
 def _read_inputs(text: str) -> tuple[str, dict[str, Tensor]]:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from .console import CliError, Progress, add_common, check_free, to_json
+from .console import CliError, Progress, add_common, to_json
 from .merge_config import MergeConfig, read_config
 
 RESULT = "comparison.json"  # in every folder of results; --force replaces no other folder
@@ -84,14 +84,40 @@ def model_kind(config: MergeConfig) -> str:
     raise CliError(f"{folder} has neither model_index.json nor config.json: set kind")
 
 
+def load_base(config: MergeConfig, progress: Progress) -> Any:
+    """The base model: a language model, or an image pipeline."""
+    progress(f"loading {config.pipe_id}")
+    if model_kind(config) == "image":
+        from . import merge_image
+
+        return merge_image.load(config)
+    from . import merge_language
+
+    return merge_language.load(config)[0]
+
+
 def _export(args: argparse.Namespace, config: MergeConfig, progress: Progress) -> int:
     from lora_ortho.adapters import export
 
-    check_free(args.export, args.force)
+    if args.export.exists() and not args.force:
+        raise CliError(f"{args.export} exists; --force replaces it")
+    # Single files may have names that only the model resolves; a PEFT folder has the layers' own.
+    single = not all(config.adapter_path(lora).is_dir() for lora in config.loras)
+    model = load_base(config, progress) if single and config.pipe_id is not None else None
     progress("reading the adapters")
-    adapters = config.load_adapters()
+    adapters = config.load_adapters(model)
     progress(f"exporting to {args.export}")
-    export(adapters, args.export, method=args.method)
+    written = export(
+        adapters,
+        args.export,
+        args.method,
+        p=config.p,
+        weights=config.weights,
+        seed=config.seed,
+        rank=args.rank,
+        force=args.force,
+    )
+    print(to_json(written) if args.json else str(written))
     return 0
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_ortho.adapters import LoadedAdapter, load_adapter
+from lora_ortho.adapters.tensor_file import open_regular
 from lora_ortho.problem import METHODS
 
 from .console import CliError
@@ -141,14 +142,16 @@ def read_config(path: Path) -> MergeConfig:
 
     Raises:
         CliError: a key or a value that does not fit, by name, or no TOML at all.
-        OSError: the file cannot be read.
+        AdapterFileError: the file cannot be read, or is not a regular file.
     """
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         text = file.read(_MAX_CONFIG + 1)
     if len(text) > _MAX_CONFIG:
         raise CliError(f"{path}: larger than {_MAX_CONFIG} bytes")
     try:
         table = _parse(text.decode("utf-8"))
+    except RecursionError:
+        raise CliError(f"{path}: nested too deeply") from None
     except ValueError as error:  # of the syntax or the encoding
         raise CliError(f"{path}: not valid TOML: {error}") from None
     try:
