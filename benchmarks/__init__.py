@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 
-def main(argv: Sequence[str] | None = None, program: str = "python -m benchmarks") -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Measure, print, save; see ``run.main``."""
     from . import run
 
-    return run.main(argv, program)
+    return run.main(argv)

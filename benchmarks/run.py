@@ -92,7 +92,9 @@ def _names(known: Sequence[str], what: str) -> str:
     return f"{what}; may be repeated; all of {', '.join(known)} unless given"
 
 
-def _parser(program: str) -> argparse.ArgumentParser:
+def _parser() -> argparse.ArgumentParser:
+    installed = (__package__ or "").startswith("lora_ortho.")
+    program = "lora-ortho bench" if installed else "python -m benchmarks"
     parser = argparse.ArgumentParser(prog=program, description=__doc__)
     parser.add_argument(
         "--quick", action="store_true",
@@ -132,7 +134,7 @@ def _parser(program: str) -> argparse.ArgumentParser:
         help="begin no further row after so long",
     )
     parser.add_argument("--quiet", action="store_true", help="no progress on standard error")
-    return parser  # fmt: skip
+    return parser
 
 
 def _case(text: str) -> Case:
@@ -179,17 +181,16 @@ def _backend(name: str | None) -> str:
     return name
 
 
-def main(argv: Sequence[str] | None = None, program: str = "python -m benchmarks") -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Measure, print, save.
 
     Args:
         argv: the command line's words; those of this process unless given.
-        program: what usage messages call it.
     Returns:
         0; 1 if a backend does not work, a file cannot be used or a result was wrong. Raises
         SystemExit with 2 on wrong usage.
     """
-    parser = _parser(program)
+    parser = _parser()
     arguments = parser.parse_args(argv)
     _check(parser, arguments)
     try:

@@ -43,7 +43,8 @@ class View(NamedTuple):
         """A median ratio, such as "ours/direct"; raises NotMeasured."""
         row = self.find(section, case)
         if name not in row.get("ratios", {}):
-            reasons = [f"{k}: {v}" for k, v in row.get("refused", {}).items()]
+            needed = (*name.split("/"), "row")
+            reasons = [f"{k}: {v}" for k, v in row.get("refused", {}).items() if k in needed]
             raise NotMeasured(f"{case} " + "; ".join(reasons) if reasons else "")
         return float(row["ratios"][name]["median"])
 
