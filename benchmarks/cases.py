@@ -66,6 +66,8 @@ GPU_CASES = (
     Case(8192, 4096, 4096, 8, 64),
     Case(8192, 4096, 4096, 16, 32),
 )
+# Where a GPU run, which has minutes, takes the time for peers that are slow or must be compiled.
+GPU_PEER_CASES = (GPU_CASES[1], GPU_CASES[3], GPU_CASES[5], GPU_CASES[7])
 # Sizes at which Triton's interpreter answers in a second: what a rehearsal runs in the GPU's place.
 TINY_CASES = (Case(1, 32, 64, 3, 4), Case(16, 32, 64, 3, 4), Case(24, 32, 128, 2, 8))
 MANY_ADAPTERS = CPU_CASES[9]

@@ -53,6 +53,7 @@ THEMES = {
 }  # fmt: skip
 _MARKERS = "oDs^"
 _LEAST_MIB = 0.1  # what the measurement of memory resolves
+_LABEL = 0.075  # of the height of a panel, for a line of text
 _SALT = "lora_ortho"  # of the ids in a file: the same data gives the same bytes
 
 
@@ -71,7 +72,7 @@ def _style(theme: Theme) -> dict[str, Any]:
 
 def _case(case: Sequence[int]) -> str:
     t, d_in, d_out, count, rank = case
-    return f"{t} × {d_in} × {d_out}   K {count}  r {rank}"
+    return f"{t:>4} × {d_in:>4} × {d_out:>5}  K {count:>2} r {rank:>2}"
 
 
 def _plain(axis: Any, values: Sequence[float], text: str = "{:g}") -> None:
@@ -107,29 +108,38 @@ def ratio(data: Data, theme: Theme) -> Figure:
         _plain(axes.xaxis, ticks)
         axes.grid(visible=False, axis="y")
         axes.tick_params(axis="y", length=0)
-    panels[0].set_yticks(range(len(cases)), [_case(case) for case in cases])
-    panels[0].set_ylim(len(cases) - 0.4, -0.6)
-    panels[0].text(0.985, -0.5, "slower →", ha="right", va="center", fontsize=8.5,
+    labels = [_case(case) for case in cases]
+    panels[0].set_yticks(range(len(cases)), labels, family="DejaVu Sans Mono", fontsize=9)
+    panels[0].set_ylim(len(cases) - 0.4, -0.9)
+    panels[0].text(0.985, -0.7, "slower →", ha="right", va="center", fontsize=8.5,
                    transform=panels[0].get_yaxis_transform())  # fmt: skip
-    panels[0].text(0.015, -0.5, "← faster", ha="left", va="center", fontsize=8.5,
+    panels[0].text(0.015, -0.7, "← faster", ha="left", va="center", fontsize=8.5,
                    transform=panels[0].get_yaxis_transform())  # fmt: skip
     handles = [
         Line2D([], [], color=theme.columns[j % len(theme.columns)], marker=_MARKERS[j % 4],
                    ls="", label=column["title"])
         for j, column in enumerate(columns)
     ]  # fmt: skip
-    figure.legend(handles=handles, loc="upper left", fontsize=9.5)
+    figure.legend(handles=handles, ncol=2, loc="upper left", fontsize=9.5, columnspacing=1.0,
+                  handletextpad=0.1)  # fmt: skip
     return figure
 
 
 def _lines(axes: Axes, lines: dict[str, dict[str, float]], theme: Theme, least: float) -> None:
     """A line for each contender, its name at its end."""
+    ends: list[tuple[float, int, str]] = []
+    values = [max(least, v) for points in lines.values() for v in points.values()]
     for name, points in lines.items():
         x, y = [int(n) for n in points], [max(least, v) for v in points.values()]
         colour = theme.colours.get(name, theme.ink)
         axes.plot(x, y, color=colour, marker="o", ms=5, lw=2.4 if name == "ours" else 1.8, zorder=3)
-        axes.annotate(name, (x[-1], y[-1]), xytext=(8, 0), textcoords="offset points", color=colour,
-                      va="center", weight="bold" if name == "ours" else "normal")  # fmt: skip
+        ends.append((y[-1], x[-1], name))
+    gap, height = (max(values) / min(values)) ** _LABEL, 0.0
+    for end, x_end, name in sorted(ends):  # from below, each at least one line above the last
+        height = max(end, height * gap)
+        axes.annotate(name, (x_end, height), xytext=(8, 0), textcoords="offset points", va="center",
+                      color=theme.colours.get(name, theme.ink),
+                      weight="bold" if name == "ours" else "normal")  # fmt: skip
     sizes = sorted({int(n) for points in lines.values() for n in points})
     axes.set(xscale="log", yscale="log", xlim=(sizes[0] / 1.15, sizes[-1] * 1.6))
     _plain(axes.xaxis, sizes, "{:.0f}")
@@ -153,10 +163,10 @@ def memory(data: Data, theme: Theme) -> Figure:
     """MiB against tokens; the least that can be told apart is the floor."""
     figure, axes = plt.subplots(figsize=(6.4, 3.6))
     _lines(axes, data["lines"], theme, _LEAST_MIB)
-    axes.set(xlabel="tokens", ylabel="MiB", title=f"Memory of one forward pass: {data['title']}")
+    axes.set(xlabel="tokens", ylabel="MiB", title="Memory of one forward pass, beyond its result")
     axes.set_ylim(bottom=0.7 * _LEAST_MIB)
-    axes.text(0.0, -0.25, f"beyond inputs, output and s; {_LEAST_MIB} MiB or less is drawn at "
-              f"{_LEAST_MIB}", transform=axes.transAxes, fontsize=8.5)  # fmt: skip
+    axes.text(0.0, -0.25, f"{data['title']}; {_LEAST_MIB} MiB or less is drawn at {_LEAST_MIB}",
+              transform=axes.transAxes, fontsize=8.5)  # fmt: skip
     return figure
 
 
@@ -181,14 +191,15 @@ def roofline(data: Data, theme: Theme) -> Figure:
                       label=name, zorder=3)  # fmt: skip
         axes.set(xscale="log", yscale="log", xlim=(low, high), title=column["title"],
                  xlabel="operations per byte that must move")  # fmt: skip
-        axes.text(high, matmul / 1e9 * 1.12, f"matrix product {matmul / 1e12:.2g} TFLOP/s",
-                  ha="right", fontsize=8.5)  # fmt: skip
-        axes.text(low * 1.08, low * copy / 1e9 * 1.9, f"copy {copy / 1e9:.3g} GB/s", fontsize=8.5)
+        rates = f"copy {copy / 1e9:.3g} GB/s, matrix product {matmul / 1e12:.2g} TFLOP/s"
+        axes.text(0.02, 0.95, rates, transform=axes.transAxes, fontsize=8.5)
         axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
         axes.xaxis.set_minor_locator(NullLocator())
         axes.yaxis.set_minor_locator(NullLocator())
+    panels[0][0].set_ylim(top=1.8 * max(c["ceilings"][1] for c in columns) / 1e9)
     panels[0][0].set_ylabel("GFLOP/s (of the least that must be done)")
+    figure.text(0.01, 0.005, "above the slope: what it reads was still in a cache", fontsize=8.5)
     panels[0][-1].legend(loc="lower right", fontsize=9.5)
     return figure
 
@@ -208,7 +219,7 @@ def draw(name: str, data: Data, theme: str, path: Path, ground: str | None = Non
         tempfile.TemporaryDirectory(dir=path.parent, prefix=".drawing-") as scratch,
     ):
         figure = _DRAW[name](data, THEMES[theme])
-        figure.tight_layout()
+        figure.tight_layout(rect=(0, 0.03, 1, 1) if name == "roofline" else None)
         note = {"Description": f"data {pictures.digest(data)}"}
         metadata: dict[str, Any] = note | ({"Date": None} if path.suffix == ".svg" else {})
         temporary = Path(scratch) / path.name

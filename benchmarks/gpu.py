@@ -1,7 +1,7 @@
 """``make gpu``: everything that needs a GPU, in one command, without a network, in eight minutes.
 
 Builds the package into an environment of its own that sees this Python's packages, runs the tests
-on the device, compute-sanitizer where there is one, then the benchmark of every GPU backend; writes
+on the device, the benchmark of every GPU backend, and compute-sanitizer where there is one; writes
 one result file and prints a short table last. Each stage has its own budget of time; one that
 fails, or runs past its budget, does not hide the others, and the exit status says so.
 
@@ -35,6 +35,7 @@ _BACKENDS = ("triton", "cuda")
 # The equivalence suite; of the folder for GPUs every test says why where it needs one.
 _TESTS = ("tests/gpu", "tests/test_values.py", "tests/test_masks.py")
 _GRACE_SECONDS = 5
+_LAST_SECONDS = 110  # kept for compute-sanitizer and what comes after the benchmark
 
 
 class Outcome(NamedTuple):
@@ -186,9 +187,7 @@ def _sanitize(run: Run, python: Path, backends: Sequence[str]) -> None:
         for check in ("memcheck", "racecheck"):
             command: list[str | Path] = [tool, "--tool", check, "--error-exitcode", "9", *probe]
             # Allocations of their own, so that one tensor's end is not another's beginning.
-            run.stage(
-                f"{check} {backend}", command, 60, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-            )
+            run.stage(f"{check} {backend}", command, 45, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
 
 
 def _measure(run: Run, python: Path, backends: Sequence[str]) -> Path | None:
@@ -196,7 +195,7 @@ def _measure(run: Run, python: Path, backends: Sequence[str]) -> Path | None:
     path = WORK / "result.json"
     path.unlink(missing_ok=True)
     for number, backend in enumerate(backends):
-        share = max(20.0, (run.left() - 10) / (len(backends) - number))
+        share = max(20.0, (run.left() - _LAST_SECONDS) / (len(backends) - number))
         command: list[str | Path] = [python, "-m", "benchmarks", "--backend", backend]
         command += ["--json", path]
         command += ["--append", "--budget", str(int(0.8 * share))]
@@ -264,8 +263,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not arguments.no_tests:
         tests = [name for name in _TESTS if (ROOT / name).exists()]
         run.stage("tests", [python, "-m", "pytest", "-q", *tests], 120)
-        _sanitize(run, python, backends)
     result = _measure(run, python, backends)
+    if not arguments.no_tests:
+        _sanitize(run, python, backends)
     target = None if result is None else _record(run, python, result)
     _summary(run, python, target)
     return 1 if target is None or any(outcome.bad for outcome in run.outcomes) else 0

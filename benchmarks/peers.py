@@ -89,9 +89,20 @@ def categorical(inputs: Inputs) -> Forward:
 
 
 def compiled(inputs: Inputs) -> Forward:
-    """The same under torch.compile."""
-    function = torch.compile(categorical_merge, fullgraph=True, dynamic=False)
+    """The same under torch.compile; one compiled function serves all inputs of a shape."""
+    function = _compiled_merge()
     return functools.partial(function, inputs.x, inputs.lora_A, inputs.lora_B, inputs.base)
+
+
+@functools.cache
+def _compiled_merge() -> Callable[..., Tensor]:
+    return torch.compile(categorical_merge, fullgraph=True, dynamic=False)
+
+
+def forget_compiled() -> None:
+    """Before inputs of another shape, so that shapes do not add up to torch's limit."""
+    torch._dynamo.reset()
+    _compiled_merge.cache_clear()
 
 
 def plain_linear(inputs: Inputs) -> torch.nn.Linear:

@@ -124,7 +124,7 @@ def slow_peers(bench: Bench, case: Case, dtype: str, effort: Effort) -> Row:
     }
     refused: dict[str, str] = {}
     if bench.compiled:
-        torch._dynamo.reset()
+        peers.forget_compiled()
         contenders["compiled"] = (peers.compiled, random)
     if bench.device.label != "cpu":
         contenders |= _gpu_peers(bench, inputs, refused)

@@ -6,12 +6,21 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from . import record, sections
-from .cases import CPU_CASES, DTYPES, GPU_CASES, LARGE, ONE_TOKEN, TINY_CASES, Case
+from .cases import (
+    CPU_CASES,
+    DTYPES,
+    GPU_CASES,
+    GPU_PEER_CASES,
+    LARGE,
+    ONE_TOKEN,
+    TINY_CASES,
+    Case,
+)
 from .harness import Effort
 from .record import Row
 from .scaling import AXES, THREADS_CASE
 from .sections import Bench
-from .targets import EXPANDED
+from .targets import EXPANDED, WHOLE_LAYER
 
 _CASES = {"cpu": CPU_CASES, "gpu": GPU_CASES, "rehearsal": TINY_CASES}
 _MEMORY_PEERS = ("direct", "paper", "categorical")  # beside ours, at the largest case
@@ -25,6 +34,7 @@ _SKIPPED = {
     "rehearsal": ("threads", "model", "scaling"),
 }
 _ONCE = {"threads": LARGE, "overhead": ONE_TOKEN, "samples": _SAMPLED}
+_SOME_ON_GPU = {"peers": GPU_PEER_CASES, "layer": (WHOLE_LAYER,)}
 _SECONDS = {
     "forward": 1.5, "backward": 2.0, "threads": 4.0, "overhead": 1.0, "ceilings": 1.0,
     "peers": 2.0, "layer": 1.2, "expand": 1.0, "samples": 1.0, "scaling": 0.5,
@@ -93,6 +103,9 @@ def _of_case(
         yield from (Task(section, case, dtype, contender) for contender in ("ours", *peers))
     elif section == "expand":
         if case in EXPANDED or own == TINY_CASES:
+            yield Task(section, case, dtype)
+    elif section in _SOME_ON_GPU and own == GPU_CASES:
+        if case in _SOME_ON_GPU[section]:
             yield Task(section, case, dtype)
     elif section in _ONCE:
         if case == _once(section, own):
