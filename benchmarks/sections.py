@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,66 +14,15 @@ from lora_ortho.packing import PackedAdapters
 from lora_ortho.problem import Problem
 
 from . import checks, floors, memory, peers
-from .cases import DTYPES, SEED, Case, Inputs, make
-from .checks import WrongResult
-from .device import Call, Device, device_of
-from .harness import Effort, Times, measure
+from .bench import Bench, Check, Contender, compare, head, seconds_of, time_calls
+from .cases import SEED, Case, Inputs
+from .device import Call
+from .harness import Effort
 from .record import Row
 from .scaling import AXES, THREADS_CASE, thread_counts
 
 _ROWS_OF_PEERS = 128  # so many rows of a slow peer's result are checked
 _SAMPLES = 4
-
-Check = Callable[[Any], None]
-Contender = tuple[Callable[[Inputs], Call], Check]
-Pairs = Sequence[tuple[str, str]]
-
-
-@dataclass(frozen=True)
-class Bench:
-    """Whose kernels are measured, and where.
-
-    Attributes:
-        backend: of lora_ortho.
-        device: where its tensors lie.
-        compiled: whether torch.compile's contender is run.
-    """
-
-    backend: str
-    device: Device
-    compiled: bool = True
-
-    @staticmethod
-    def of(backend: str, compiled: bool = True) -> Bench:
-        """On this machine's device for a backend."""
-        return Bench(backend, device_of(backend), compiled)
-
-    def ours(self, inputs: Inputs) -> peers.Forward:
-        """See ``peers.ours``."""
-        return peers.ours(inputs, self.backend)
-
-    def inputs(self, case: Case, dtype: str) -> Inputs:
-        """The tensors of a case on the device."""
-        return _inputs(case, dtype, self.device)
-
-    def masks(self, case: Case) -> checks.Masks:
-        """Ours."""
-        return _orthogonal(case, self.device)
-
-    def everything(self, case: Case) -> checks.Masks:
-        """Those of the direct merge."""
-        return checks.everything(case, self.device.torch_device)
-
-
-@functools.lru_cache(maxsize=2)
-def _inputs(case: Case, dtype: str, device: Device) -> Inputs:
-    return make(case, DTYPES[dtype], device)
-
-
-@functools.lru_cache(maxsize=2)
-def _orthogonal(case: Case, device: Device) -> checks.Masks:
-    return checks.orthogonal(case, device.torch_device)
-
 
 def forward(bench: Bench, case: Case, dtype: str, effort: Effort) -> Row:
     """Ours beside direct."""
@@ -204,13 +150,13 @@ def expand(bench: Bench, case: Case, dtype: str, effort: Effort) -> Row:
 def threads(bench: Bench, case: Case, dtype: str, effort: Effort) -> Row:
     """Ours and direct on one core beside all: how many times faster."""
     inputs, count = bench.inputs(case, dtype), torch.get_num_threads()
-    row = _head(bench, case, dtype) | {"threads": count, "speedup": {}}
+    row = head(bench, case, dtype) | {"threads": count, "speedup": {}}
     try:
         with torch.no_grad():
             for name, make_call in (("ours", bench.ours), ("direct", peers.direct)):
                 call = make_call(inputs)
                 calls = {"one": _with_threads(1, call), "all": _with_threads(count, call)}
-                times = _time(bench, calls, effort)
+                times = time_calls(bench, calls, effort)
                 row["speedup"][name] = times.ratio("one", "all").json()
     finally:
         torch.set_num_threads(count)
@@ -253,12 +199,12 @@ def threads_scaling(bench: Bench, dtype: str, effort: Effort) -> list[Row]:
         with torch.no_grad():
             checks.check_forward(call(), inputs, bench.masks(THREADS_CASE))
             calls = {str(count): _with_threads(count, call) for count in counts}
-            times = _time(bench, calls, effort)
+            times = time_calls(bench, calls, effort)
     finally:
         torch.set_num_threads(most)
     for count in counts:
         seconds = {"ours": times.of(str(count)).json()}
-        row = _head(bench, THREADS_CASE, dtype) | {"axis": "threads", "at": count}
+        row = head(bench, THREADS_CASE, dtype) | {"axis": "threads", "at": count}
         rows.append(row | {"seconds": seconds, "others": times.rounded_others()})
     return rows
 
@@ -312,8 +258,8 @@ def overhead(bench: Bench, case: Case, dtype: str, effort: Effort) -> Row:
     if bench.backend == "cpu":
         calls["kernels"] = _kernels(inputs, prepared)
     with torch.no_grad():
-        times = _time(bench, calls, effort)
-    return _head(bench, case, dtype) | _seconds(times)
+        times = time_calls(bench, calls, effort)
+    return head(bench, case, dtype) | seconds_of(times)
 
 
 def _kernels(inputs: Inputs, prepared: PackedAdapters) -> Call:
@@ -342,7 +288,7 @@ def _kernels(inputs: Inputs, prepared: PackedAdapters) -> Call:
 
 def extra_memory(bench: Bench, case: Case, dtype: str, contender: str) -> Row:
     """Bytes beyond inputs, output and s."""
-    row = _head(bench, case, dtype) | {"contender": contender}
+    row = head(bench, case, dtype) | {"contender": contender}
     if bench.device.label == "gpu":
         inputs = bench.inputs(case, dtype)
         return row | memory.on_gpu(inputs, contender, bench.backend, bench.device)
@@ -354,52 +300,6 @@ def extra_memory(bench: Bench, case: Case, dtype: str, contender: str) -> Row:
 
 def ceilings(bench: Bench, case: Case, dtype: str, effort: Effort) -> Row:
     """The rates that floors are reckoned with."""
-    return _head(bench, case, dtype) | floors.ceilings(bench.device, dtype, effort)
+    return head(bench, case, dtype) | floors.ceilings(bench.device, dtype, effort)
 
 
-def _head(bench: Bench, case: Case, dtype: str) -> Row:
-    return {"case": str(case), "dtype": dtype, "backend": bench.backend}
-
-
-def compare(
-    bench: Bench,
-    inputs: Inputs,
-    contenders: Mapping[str, Contender],
-    effort: Effort,
-    pairs: Pairs,
-) -> Row:
-    """Check, then time those that passed; a ratio needs both of its contenders."""
-    dtype = str(inputs.dtype).removeprefix("torch.")
-    row = _head(bench, inputs.case, dtype) | {"refused": {}}
-    device, watches = bench.device, {}
-    sets = [inputs, *(inputs.copy() for _ in range(device.sets(inputs.nbytes) - 1))]
-    for name, (build, check) in contenders.items():
-        try:
-            check(build(inputs)())
-        except WrongResult as error:
-            row["refused"][name] = f"wrong result: {error}"
-        else:
-            watches[name] = device.stopwatch([build(one) for one in sets])
-    if watches:
-        times = measure(watches, effort)
-        row |= _seconds(times)
-        row["ratios"] = {
-            f"{above}/{below}": times.ratio(above, below).json()
-            for above, below in pairs
-            if above in watches and below in watches
-        }
-        if device.label != "cpu":
-            row["sets"] = len(sets)
-            row["launch"] = {name: watch.note for name, watch in watches.items()}
-    return row
-
-
-def _time(bench: Bench, calls: Mapping[str, Call], effort: Effort) -> Times:
-    return measure({name: bench.device.stopwatch([call]) for name, call in calls.items()}, effort)
-
-
-def _seconds(times: Times) -> Row:
-    return {
-        "seconds": {name: times.of(name).json() for name in times.seconds},
-        "others": times.rounded_others(),
-    }

@@ -18,9 +18,11 @@ from pathlib import Path
 from . import pictures, record
 from .cases import LARGE, ONE_TOKEN, Case
 from .harness import DISTURBED
+from .instructions import bound, per_element
 from .record import Result
 from .scaling import AXES, fit
 from .targets import (
+    EXPANDED,
     NotMeasured,
     View,
     cases_of,
@@ -124,7 +126,7 @@ def _details(result: Result) -> str:
     """What fits in no table: ceilings, overhead, memory, samples, growth, models; a line each."""
     lines: list[str] = []
     for view in views(result):
-        for part in (_ceilings, _overhead, _peers_memory, _samples, _growth):
+        for part in (_ceilings, _issue, _overhead, _peers_memory, _samples, _growth):
             try:
                 lines += part(view)
             except NotMeasured:
@@ -141,6 +143,24 @@ def _ceilings(view: View) -> list[str]:
         "is the longer of its bytes and its operations at these rates; where it fits in a cache, "
         "more than 100 % is possible."
     ]
+
+
+def _issue(view: View) -> list[str]:
+    machine = view.result["machine"]
+    count = per_element(view.backend, str(machine.get("capability", "")), view.dtype)
+    rate = None if count is None else bound(machine, count)
+    if count is None or rate is None:
+        return []
+    text = (
+        f"Draw + expand + add, K = 3, r = 16, {view.title}: {count:.1f} instructions an element by "
+        f"the compiler's output, so {rate / 1e12:.2f}e12 elements a second at most"
+    )
+    case = EXPANDED[0]
+    seconds = view.find("expand", case).get("seconds", {})
+    if "ours" in seconds:
+        measured = case.tokens * case.d_out / seconds["ours"]["median"]
+        text += f"; measured {measured / 1e12:.2f}e12 ({100 * measured / rate:.0f} %)"
+    return [text + "."]
 
 
 def _overhead(view: View) -> list[str]:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from . import record, sections
+from .bench import Bench
 from .cases import (
     CPU_CASES,
     DTYPES,
@@ -19,7 +20,6 @@ from .cases import (
 from .harness import Effort
 from .record import Row
 from .scaling import AXES, THREADS_CASE
-from .sections import Bench
 from .targets import EXPANDED, WHOLE_LAYER
 
 _CASES = {"cpu": CPU_CASES, "gpu": GPU_CASES, "rehearsal": TINY_CASES}

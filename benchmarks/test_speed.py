@@ -10,9 +10,9 @@ import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from . import peers, tasks
+from .bench import Bench
 from .record import Result
 from .run import failures, short
-from .sections import Bench
 from .tasks import Task
 
 

@@ -13,12 +13,23 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import checks, compare, floors, peers, record, run, scaling, sections, tasks
+from benchmarks import (
+    checks,
+    compare,
+    floors,
+    instructions,
+    peers,
+    record,
+    run,
+    scaling,
+    sections,
+    tasks,
+)
+from benchmarks.bench import Bench
 from benchmarks.cases import DTYPES, TINY_CASES, Case, Inputs, make
 from benchmarks.device import Host, Rehearsal, Stopwatch
 from benchmarks.harness import Effort, measure
 from benchmarks.run import main
-from benchmarks.sections import Bench
 from benchmarks.table import update
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -222,6 +233,35 @@ def test_exponents_and_late_surprises() -> None:
     assert late.above(1.2)
     with pytest.raises(ValueError, match="two sizes"):
         scaling.fit({4: 1.0})
+
+
+def test_instructions_are_read_from_the_tables(tmp_path: Path) -> None:
+    (tmp_path / "triton_kernels.md").write_text(
+        "| kernel | dtype | method | K × r | sm_80 | sm_90 |\n"
+        "| --- | --- | --- | --- | ---: | ---: |\n"
+        "| grad_s | bf16 | orthogonal | 3 × 16 | 90, 40.0 | 90, 41.0 |\n"
+        "| forward | bf16 | orthogonal | 3 × 16 | 80, 22.5 | 96, 23.5 |\n"
+    )
+    (tmp_path / "cuda_kernels.md").write_text(
+        "| expand | 1 | less |\n|---|---|---|\n| bfloat16, sm_90a | 13.8 | 15.8 |\n"
+    )
+    assert instructions.per_element("triton", "9.0", "bfloat16", tmp_path) == 23.5
+    assert instructions.per_element("cuda", "9.0", "bfloat16", tmp_path) == 13.8
+    assert instructions.per_element("cuda", "7.0", "bfloat16", tmp_path) is None
+    assert instructions.per_element("triton", "9.0", "float32", tmp_path) is None
+    assert instructions.per_element("reference", "9.0", "bfloat16", tmp_path) is None
+    card = {"clock_mhz": 1000, "multiprocessors": 100}
+    assert instructions.bound(card, 12.8) == 1e12
+    assert instructions.bound({**card, "clock_mhz": "unknown"}, 12.8) is None
+
+
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+def test_the_tables_of_this_project_are_read(backend: str) -> None:
+    if not (instructions.DOCS / f"{backend}_kernels.md").exists():
+        pytest.skip(f"there is no table of the {backend} kernels yet")
+    found = instructions.per_element(backend, "9.0", "bfloat16")
+    assert found is not None
+    assert 5 < found < 60
 
 
 def _measured(tmp_path: Path, name: str) -> Path:
