@@ -17,6 +17,7 @@ from benchmarks import (
     checks,
     compare,
     floors,
+    gpu,
     instructions,
     peers,
     record,
@@ -274,15 +275,15 @@ def _measured(tmp_path: Path, name: str) -> Path:
 def test_a_slower_kernel_is_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The kernel does its work twice; and in files that differ by just 20 %."""
+    """A kernel that does its work four times; and files that differ by just 20 %."""
     old = _measured(tmp_path, "old")
     assert compare.main([str(old), str(old)]) == 0
 
-    def twice(inputs: Inputs, backend: str, samples: int = 1) -> peers.Forward:
+    def four_times(inputs: Inputs, backend: str, samples: int = 1) -> peers.Forward:
         call = _RIGHT(inputs, backend, samples)
-        return lambda: (call(), call())[1]
+        return lambda: [call() for _ in range(4)][-1]
 
-    monkeypatch.setattr(peers, "ours", twice)
+    monkeypatch.setattr(peers, "ours", four_times)
     new = _measured(tmp_path, "new")
     capsys.readouterr()
     assert compare.main([str(old), str(new), "--beyond", "1.3"]) == 1
@@ -343,3 +344,44 @@ def test_rehearsal_of_the_gpu_run(tmp_path: Path) -> None:
     found = result["peers"][0]
     assert {"paper/ours", "stored mask/ours"} <= found["ratios"].keys()
     assert found["refused"].keys() <= {"vllm"}
+
+
+def test_a_stage_that_fails_hides_no_other(capsys: pytest.CaptureFixture[str]) -> None:
+    stages = gpu.Run(rehearsal=False, total=60.0)
+    python = sys.executable
+    assert stages.stage("one", [python, "-c", "print('here')"], 30) == "here\n"
+    assert stages.stage("two", [python, "-c", "raise SystemExit(3)"], 30) is None
+    # a stage that does not end, with a process of its own that does not either
+    held = "import subprocess; subprocess.run(['sleep', '60'])"
+    assert stages.stage("three", [python, "-c", held], 1.0) is None
+    stages.absent("four", "not here")
+    assert stages.stage("five", [python, "-c", "print(5)"], 30) == "5\n"
+    found = {outcome.name: outcome.status for outcome in stages.outcomes}
+    assert found == {
+        "one": "ok", "two": "failed", "three": "out of time", "four": "absent", "five": "ok",
+    }  # fmt: skip
+    assert [outcome.name for outcome in stages.outcomes if outcome.bad] == ["two", "three"]
+    assert stages.outcomes[2].seconds < 10
+    over = gpu.Run(rehearsal=False, total=-1.0)
+    assert over.stage("late", [python, "-c", "print(1)"], 30) is None
+    assert over.outcomes[0].status == "out of time"
+    assert "three: out of time" in capsys.readouterr().err
+
+
+def test_a_gpu_run_without_a_gpu_says_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("needs a machine without a GPU")
+    monkeypatch.delenv(gpu.REHEARSAL, raising=False)
+    monkeypatch.setattr(gpu, "WORK", tmp_path)
+    assert gpu.main(["--no-build", "--no-tests"]) == 1
+    assert "torch sees no GPU" in capsys.readouterr().out
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_environment_of_a_gpu_run_sees_this_one(tmp_path: Path) -> None:
+    python = gpu.environment(tmp_path / "venv")
+    code = "import sys, torch; print(sys.prefix); print(torch.__version__)"
+    done = subprocess.run([python, "-c", code], text=True, capture_output=True, check=False)
+    assert done.stdout.split() == [str(tmp_path / "venv"), torch.__version__], done.stderr
