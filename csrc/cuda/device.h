@@ -22,7 +22,8 @@ struct alignas(8) Pair {
 #else
 
 #define LORA_ORTHO_DEVICE __device__ __forceinline__
-#define LORA_ORTHO_KERNEL(threads) __global__ void __launch_bounds__(threads)
+// A kernel of blocks of so many threads, so many of them at once on a multiprocessor at least.
+#define LORA_ORTHO_KERNEL(threads, blocks) __global__ void __launch_bounds__(threads, blocks)
 
 namespace lora_ortho::cuda {
 
@@ -35,33 +36,64 @@ LORA_ORTHO_DEVICE void sync_warp() { __syncwarp(); }
 
 // The shared memory of the block, by byte offsets.
 struct Shared {
-    unsigned char* at;
+    std::uint32_t at;
 
-    template <class V>
-    LORA_ORTHO_DEVICE V load(int byte) const {
-        return *reinterpret_cast<const V*>(at + byte);
-    }
     LORA_ORTHO_DEVICE Quad load_quad(int byte) const {
-        const uint4 v = *reinterpret_cast<const uint4*>(at + byte);
-        return {{v.x, v.y, v.z, v.w}};
+        Quad v;
+        asm volatile("ld.shared.v4.b32 {%0,%1,%2,%3}, [%4];"
+                     : "=r"(v.word[0]), "=r"(v.word[1]), "=r"(v.word[2]), "=r"(v.word[3])
+                     : "r"(at + byte)
+                     : "memory");
+        return v;
     }
-    template <class V>
-    LORA_ORTHO_DEVICE void store(int byte, const V& value) const {
-        *reinterpret_cast<V*>(at + byte) = value;
+    LORA_ORTHO_DEVICE Pair load_pair(int byte) const {
+        Pair v;
+        asm volatile("ld.shared.v2.b32 {%0,%1}, [%2];"
+                     : "=r"(v.word[0]), "=r"(v.word[1])
+                     : "r"(at + byte)
+                     : "memory");
+        return v;
+    }
+    LORA_ORTHO_DEVICE float load_float(int byte) const {
+        float v;
+        asm volatile("ld.shared.f32 %0, [%1];" : "=f"(v) : "r"(at + byte) : "memory");
+        return v;
+    }
+    LORA_ORTHO_DEVICE double load_double(int byte) const {
+        double v;
+        asm volatile("ld.shared.f64 %0, [%1];" : "=d"(v) : "r"(at + byte) : "memory");
+        return v;
     }
     LORA_ORTHO_DEVICE void store_quad(int byte, const Quad& v) const {
-        *reinterpret_cast<uint4*>(at + byte) =
-            make_uint4(v.word[0], v.word[1], v.word[2], v.word[3]);
+        asm volatile("st.shared.v4.b32 [%0], {%1,%2,%3,%4};" ::"r"(at + byte), "r"(v.word[0]),
+                     "r"(v.word[1]), "r"(v.word[2]), "r"(v.word[3])
+                     : "memory");
+    }
+    LORA_ORTHO_DEVICE void store_pair(int byte, const Pair& v) const {
+        asm volatile("st.shared.v2.b32 [%0], {%1,%2};" ::"r"(at + byte), "r"(v.word[0]),
+                     "r"(v.word[1])
+                     : "memory");
+    }
+    LORA_ORTHO_DEVICE void store_word(int byte, std::uint32_t v) const {
+        asm volatile("st.shared.b32 [%0], %1;" ::"r"(at + byte), "r"(v) : "memory");
+    }
+    LORA_ORTHO_DEVICE void store_half(int byte, std::uint32_t v) const {
+        asm volatile("st.shared.b16 [%0], %1;" ::"r"(at + byte),
+                     "h"(static_cast<std::uint16_t>(v))
+                     : "memory");
+    }
+    LORA_ORTHO_DEVICE void store_double(int byte, double v) const {
+        asm volatile("st.shared.f64 [%0], %1;" ::"r"(at + byte), "d"(v) : "memory");
     }
     // 16 bytes of global memory to `byte`, visible after copy_async_wait and a barrier.
     LORA_ORTHO_DEVICE void copy_async(int byte, const void* from) const {
-        const std::uint32_t to = static_cast<std::uint32_t>(__cvta_generic_to_shared(at + byte));
-        asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(at + byte), "l"(from)
+                     : "memory");
     }
 };
 LORA_ORTHO_DEVICE Shared shared_memory() {
     extern __shared__ __align__(16) unsigned char lora_ortho_shared[];
-    return {lora_ortho_shared};
+    return {static_cast<std::uint32_t>(__cvta_generic_to_shared(lora_ortho_shared))};
 }
 LORA_ORTHO_DEVICE void copy_async_commit() {
     asm volatile("cp.async.commit_group;" ::: "memory");
@@ -75,9 +107,34 @@ LORA_ORTHO_DEVICE Quad load_quad(const void* from) {
     const uint4 v = *static_cast<const uint4*>(from);
     return {{v.x, v.y, v.z, v.w}};
 }
-LORA_ORTHO_DEVICE void store_quad(void* to, const Quad& v) {
-    *static_cast<uint4*>(to) = make_uint4(v.word[0], v.word[1], v.word[2], v.word[3]);
+// Accesses that happen only where they are wanted, without a branch. By PTX also because the compiler
+// may cut an assignment into words.
+LORA_ORTHO_DEVICE Quad load_quad_if(bool wanted, const void* from) {
+    Quad v;
+    asm volatile(
+        "{.reg .pred p; setp.ne.b32 p, %5, 0; mov.b32 %0, 0; mov.b32 %1, 0; mov.b32 %2, 0; "
+        "mov.b32 %3, 0; @p ld.global.v4.b32 {%0,%1,%2,%3}, [%4];}"
+        : "=&r"(v.word[0]), "=&r"(v.word[1]), "=&r"(v.word[2]), "=&r"(v.word[3])
+        : "l"(from), "r"(static_cast<std::uint32_t>(wanted)));
+    return v;
 }
+LORA_ORTHO_DEVICE void store_quad_if(bool wanted, void* to, const Quad& v) {
+    asm volatile(
+        "{.reg .pred p; setp.ne.b32 p, %5, 0; @p st.global.v4.b32 [%0], {%1,%2,%3,%4};}" ::"l"(to),
+        "r"(v.word[0]), "r"(v.word[1]), "r"(v.word[2]), "r"(v.word[3]),
+        "r"(static_cast<std::uint32_t>(wanted))
+        : "memory");
+}
+// Both halves of a product.
+LORA_ORTHO_DEVICE void multiply_wide(std::uint32_t a, std::uint32_t b, std::uint32_t& low,
+                                     std::uint32_t& high) {
+    asm("{.reg .b64 p; mul.wide.u32 p, %2, %3; mov.b64 {%0,%1}, p;}"
+        : "=r"(low), "=r"(high)
+        : "r"(a), "r"(b));
+}
+// Keeps a value in its register, so that it is not worked out anew at every use.
+LORA_ORTHO_DEVICE void pin(float& value) { asm volatile("" : "+f"(value)); }
+LORA_ORTHO_DEVICE void pin(std::uint32_t& value) { asm volatile("" : "+r"(value)); }
 
 LORA_ORTHO_DEVICE float as_float(std::uint32_t bits) { return __uint_as_float(bits); }
 LORA_ORTHO_DEVICE std::uint32_t as_bits(float value) { return __float_as_uint(value); }

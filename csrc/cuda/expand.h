@@ -1,443 +1,294 @@
 // y[m, n] = base[m, n] + sum_j gain_j mask_j(m, n) (B_j s_j)[m, n]; also dx = ds A, without masks.
 //
-// A warp makes 16 kRowTiles rows x 32 columns at a time; thread (g, t) holds eight neighbouring columns
-// of each of its rows, so one call of Philox serves them and all accesses are 16 bytes. The sum of an
-// element starts at base. Orthogonal: nested thresholds from the last adapter down, sum_j = base +
-// product, the last that takes the element stays. Else: sum += product where kept.
+// A warp makes 16 rows x 32 columns at a time; thread (g, t) holds eight neighbouring columns of each of
+// its rows, so one call of Philox serves them and all accesses are 16 bytes. The sum of an element
+// starts at base. Orthogonal: nested thresholds from the last adapter down, sum_j = base + product, the
+// last that takes the element stays. Else: sum += product where kept.
 // kFast: base and y allow 16-byte accesses, masks start at a multiple of eight columns, and s (with
 // the gains folded in, for bfloat16) and two stages of factors fit in shared memory.
 #pragma once
 
-#include "cuda/draws.h"
-#include "cuda/view.h"
+#include "cuda/expand_operands.h"
 
 namespace lora_ortho::cuda {
 
-constexpr int kExpandThreads = 128, kExpandWarps = kExpandThreads / kWarp;
-constexpr int kRowTiles = 1;                // of a warp, 16 rows each
-constexpr int kWarpRows = 16 * kRowTiles;
-constexpr int kRowsOfThread = 2 * kRowTiles;
-
-template <class T>
-struct ExpandArguments {
-    const Adapter* adapters;
-    const T* factors;  // section B_columns or A_columns
-    std::int32_t adapter_count;
-    std::int32_t draw;  // 0 nothing, 1 once, 2 for every adapter
-    std::int64_t steps;
-    const float* gains;    // null: ones
-    T* s;                  // [rows][rank_sum]; written where `partial` is not null
-    const float* partial;  // [splits][rows][rank_sum]
-    std::int32_t splits;
-    std::int32_t row_warps;  // warps of a block that take different rows: 1, 2 or 4
-    std::int64_t rows, cols, rank_sum;
-    View<T> base;  // data may be null
-    T* y;
-    std::int64_t row_blocks, block_groups;  // groups of columns of one block
-    std::int32_t stage_groups;              // groups whose factors are in shared memory at once
-    Place place;
-};
-
-// Byte offsets in the shared memory of kFast.
-struct ExpandShared {
-    int gains, steps, s, factors, stage_bytes;
-
-    template <class T>
-    LORA_ORTHO_DEVICE static ExpandShared make(const ExpandArguments<T>& p) {
-        ExpandShared l{};
-        const int k = p.adapter_count;
-        l.gains = 4 * k;
-        l.steps = 8 * k;
-        l.s = (8 * k + 4 * (k + 1) + 15) / 16 * 16;
-        const int step_bytes = kStep * static_cast<int>(sizeof(T)) * static_cast<int>(p.steps);
-        l.factors = l.s + p.row_warps * kWarpRows * step_bytes;
-        l.stage_bytes = p.stage_groups * kGroup * step_bytes;
-        return l;
-    }
-    LORA_ORTHO_DEVICE int bytes() const { return factors + 2 * stage_bytes; }
-};
-
-// Products of narrow floats would leave the range of float16 if the gain were folded into s, and
-// float32 would be truncated once more: there the gain is applied to the product.
-template <class T>
-constexpr bool kFoldGain = sizeof(T) == 2;
-template <>
-constexpr bool kFoldGain<Float16> = false;
-
-// Element (row, col) of s: from memory, or summed over the splits and then rounded.
-template <class T>
-LORA_ORTHO_DEVICE T s_element(const ExpandArguments<T>& p, std::int64_t row, std::int64_t col) {
-    const std::int64_t at = row * p.rank_sum + col;
-    if (!p.partial) return p.s[at];
-    float total = 0.0f;
-    for (int i = 0; i < p.splits; ++i) total += p.partial[i * p.rows * p.rank_sum + at];
-    return from_float<T>(total);
-}
-
-// Ranks k .. k + 3 of adapter `a` in a row of s; zeros beyond its rank.
-template <class T>
-LORA_ORTHO_DEVICE FourOf<T> s_four(const ExpandArguments<T>& p, const Adapter& a, float gain,
-                                   std::int64_t row, std::int64_t k) {
-    float values[4];
-    FourOf<T> out;
-    if (!p.partial && k + 4 <= a.rank && (a.begin | p.rank_sum) % 4 == 0) {
-        const T* from = p.s + row * p.rank_sum + a.begin + k;
-#pragma unroll
-        for (int w = 0; w < FourOf<T>::kWords / 2; ++w) {
-            const Pair pair = reinterpret_cast<const Pair*>(from)[w];
-            out.word[2 * w] = pair.word[0];
-            out.word[2 * w + 1] = pair.word[1];
-        }
-    } else {
-        out.clear();
-#pragma unroll
-        for (int e = 0; e < 4; ++e) {
-            if (k + e < a.rank) out.set_bits(e, raw_bits(s_element(p, row, a.begin + k + e)));
-        }
-    }
-    if (!kFoldGain<T>) return out;
-#pragma unroll
-    for (int e = 0; e < 4; ++e) values[e] = out[e] * gain;
-    out.set(values);
-    return out;
-}
-
-// Operands from shared memory, where the block has put them.
-template <class T>
-struct StagedOperands {
-    Shared shared;
-    int s, factors;  // byte offsets of this warp's rows and this group, for this lane
-    int limits, gains, steps;
-    static constexpr int kQuadElements = 16 / static_cast<int>(sizeof(T));
-
-    LORA_ORTHO_DEVICE std::uint32_t limit(int j) const {
-        return shared.load<std::uint32_t>(limits + 4 * j);
-    }
-    LORA_ORTHO_DEVICE float gain(int j) const { return shared.load<float>(gains + 4 * j); }
-    LORA_ORTHO_DEVICE int first_step(int j) const { return shared.load<int>(steps + 4 * j); }
-    // Quad number `quad` of this lane in a block of `bytes_per_step`.
-    LORA_ORTHO_DEVICE Quad quad(int base, int index) const {
-        return shared.load_quad(base + index * kWarp * 16);
-    }
-    LORA_ORTHO_DEVICE Left<T> left(int, int step, int m) const {
-        FourOf<T> rows[2];
-        if constexpr (sizeof(T) == 2) {
-            const Quad q = quad(s, step * kRowTiles + m);
-            rows[0] = {{q.word[0], q.word[1]}};
-            rows[1] = {{q.word[2], q.word[3]}};
-        } else {
-#pragma unroll
-            for (int h = 0; h < 2; ++h) {
-                const Quad q = quad(s, (step * kRowTiles + m) * 2 + h);
-                rows[h] = {{q.word[0], q.word[1], q.word[2], q.word[3]}};
-            }
-        }
-        return Left<T>(rows[0], rows[1]);
-    }
-    LORA_ORTHO_DEVICE void columns(int step, FourOf<T> (&out)[4]) const {
-        if constexpr (sizeof(T) == 2) {
-#pragma unroll
-            for (int i = 0; i < 2; ++i) {
-                const Quad q = quad(factors, step * 2 + i);
-                out[2 * i] = {{q.word[0], q.word[1]}};
-                out[2 * i + 1] = {{q.word[2], q.word[3]}};
-            }
-        } else {
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                const Quad q = quad(factors, step * 4 + i);
-                out[i] = {{q.word[0], q.word[1], q.word[2], q.word[3]}};
-            }
-        }
-    }
-};
-
-// Operands from device memory: any number of adapters and ranks.
-template <class T>
-struct DirectOperands {
-    const ExpandArguments<T>& p;
-    const T* factors;             // of this group, for this lane
-    std::int64_t rows[kRowsOfThread];
-    int t;
-
-    LORA_ORTHO_DEVICE std::uint32_t limit(int j) const {
-        const std::uint32_t u = p.adapters[j].limit;
-        return (u << 16) | 0xffffu;
-    }
-    LORA_ORTHO_DEVICE float gain(int j) const { return p.gains ? p.gains[j] : 1.0f; }
-    LORA_ORTHO_DEVICE int first_step(int j) const { return static_cast<int>(p.adapters[j].step); }
-    LORA_ORTHO_DEVICE Left<T> left(int j, int step, int m) const {
-        const Adapter a = p.adapters[j];
-        const std::int64_t k = (step - a.step) * kStep + 4 * t;
-        return Left<T>(s_four(p, a, gain(j), rows[2 * m], k),
-                       s_four(p, a, gain(j), rows[2 * m + 1], k));
-    }
-    LORA_ORTHO_DEVICE void columns(int step, FourOf<T> (&out)[4]) const {
-        constexpr int kTogether = 4 / static_cast<int>(sizeof(T));
-        const T* from = factors + static_cast<std::int64_t>(step) * kColumnBlock;
-#pragma unroll
-        for (int i = 0; i < 4 / kTogether; ++i) {
-            const Quad q = load_quad(from + i * kWarp * kTogether * 4);
-#pragma unroll
-            for (int k = 0; k < 4; ++k) {
-                out[i * kTogether + k * kTogether / 4].word[k % (4 / kTogether)] = q.word[k];
-            }
-        }
-    }
-};
-
 // The elements of one thread: kRowsOfThread rows of eight columns.
-using Elements = float[kRowsOfThread][8];
+template <class T>
+using Elements = float[kRowsOfThread<T>][8];
 
-// to = from + gain (B_j s_j), all adapters' elements, for every element of the warp.
+// Where a thread reads base and writes y: its first row, and how far the next one, 8 below, is.
+template <class T>
+struct ThreadRows {
+    const T* base;
+    T* y;
+    std::int64_t base_step, y_step;
+    std::int64_t row;
+    int left, base_left;  // rows from the first on; none without base
+    std::uint32_t blocks;  // of eight columns
+
+    LORA_ORTHO_DEVICE ThreadRows(const ExpandArguments<T>& p, std::int64_t row0) : row(row0) {
+        base = p.base.data + row * p.base.row_stride;
+        y = p.y + row * p.cols;
+        base_step = 8 * p.base.row_stride;
+        y_step = 8 * p.cols;
+        left = p.rows - row < kWarpRows<T> ? static_cast<int>(p.rows - row) : kWarpRows<T>;
+        base_left = p.base.data ? left : 0;
+        blocks = static_cast<std::uint32_t>(ceil_div(p.cols, 8));
+    }
+};
+
+// sum += the product of one step of adapter j.
 template <class T, class Operands>
-LORA_ORTHO_DEVICE void add_product(const Operands& operands, int j, const Elements& from,
-                                   Elements& to) {
-    Four sum[4][kRowTiles];
-    const int begin = operands.first_step(j), end = operands.first_step(j + 1);
-    for (int step = begin; step < end; ++step) {
-        FourOf<T> columns[4];
-        operands.columns(step, columns);
+LORA_ORTHO_DEVICE void add_step(const Operands& operands, int j, const Entry& entry, int step,
+                                Four (&sum)[4][kRowTiles<T>]) {
+    FourOf<T> columns[4];
+    operands.columns(step, columns);
 #pragma unroll
-        for (int m = 0; m < kRowTiles; ++m) {
-            const Left<T> left = operands.left(j, step, m);
+    for (int m = 0; m < kRowTiles<T>; ++m) {
+        const Left<T> left = operands.left(j, entry, step, m);
 #pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                Four start = {};
-                if (kFoldGain<T>) {
-                    start = {{from[2 * m][2 * i], from[2 * m][2 * i + 1], from[2 * m + 1][2 * i],
+        for (int i = 0; i < 4; ++i) {
+            sum[i][m] = multiply(left, Right<T>(columns[i]), sum[i][m]);
+        }
+    }
+}
+
+// to = from + gain (B_j s_j), as if adapter j had every element.
+template <class T, class Operands>
+LORA_ORTHO_DEVICE void add_product(const Operands& operands, int j, const Entry& entry,
+                                   const Elements<T>& from, Elements<T>& to) {
+    Four sum[4][kRowTiles<T>];
+#pragma unroll
+    for (int m = 0; m < kRowTiles<T>; ++m) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            sum[i][m] = {};
+            if (kFoldGain<T>) {
+                sum[i][m] = {{from[2 * m][2 * i], from[2 * m][2 * i + 1], from[2 * m + 1][2 * i],
                               from[2 * m + 1][2 * i + 1]}};
-                }
-                if (step > begin) start = sum[i][m];
-                sum[i][m] = multiply(left, Right<T>(columns[i]), start);
             }
         }
     }
-    const float gain = kFoldGain<T> ? 1.0f : operands.gain(j);
+    add_step<T>(operands, j, entry, entry.begin, sum);
+#pragma unroll 1
+    for (int step = entry.begin + 1; step < entry.end; ++step) {
+        add_step<T>(operands, j, entry, step, sum);
+    }
 #pragma unroll
-    for (int q = 0; q < kRowsOfThread; ++q) {
+    for (int q = 0; q < kRowsOfThread<T>; ++q) {
 #pragma unroll
         for (int e = 0; e < 8; ++e) {
             const float value = sum[e / 2][q / 2].v[q % 2 * 2 + e % 2];
-            to[q][e] = kFoldGain<T> ? value : fused(value, gain, from[q][e]);
+            to[q][e] = kFoldGain<T> ? value : fused(value, entry.gain, from[q][e]);
         }
     }
 }
 
-// All adapters on the elements of a thread; `y` holds base at first.
-template <class T, bool kOrthogonal, bool kFast, class Operands>
-LORA_ORTHO_DEVICE void add_adapters(const ExpandArguments<T>& p, const Stream& stream,
-                                    const Operands& operands, const std::int64_t (&rows)[kRowsOfThread],
-                                    std::int64_t col, Elements& y) {
-    constexpr std::uint32_t kAll = 0xffffffffu;
-    Draws draws[kRowsOfThread];
-    if (kOrthogonal) {
+// Draws of a thread's elements, each in the high half of a word. What lies in the low half changes
+// no comparison with an adapter's limit.
+template <class T>
+struct HighDraws {
+    std::uint32_t word[kRowsOfThread<T>][8];
+
+    template <bool kFast>
+    LORA_ORTHO_DEVICE void draw(const Stream& stream, const ThreadRows<T>& at, std::uint32_t block,
+                                std::uint32_t lane_set) {
 #pragma unroll
-        for (int q = 0; q < kRowsOfThread; ++q) {
-            draws[q] = stream.template draws<kFast>(rows[q], col, 0);
+        for (int q = 0; q < kRowsOfThread<T>; ++q) {
+            const Draws draws = stream.template draws<kFast>(
+                static_cast<std::uint32_t>(at.row) + 8 * q, block, lane_set);
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                word[q][2 * i] = draws.word[i] << 16;
+                word[q][2 * i + 1] = draws.word[i];
+                pin(word[q][2 * i]);
+            }
         }
     }
-    Elements base;
-    if (kOrthogonal) {
+};
+
+// y = sum where the adapter takes the element, else `other`.
+template <class T>
+LORA_ORTHO_DEVICE void select(const HighDraws<T>& draws, std::uint32_t limit, const Elements<T>& sum,
+                              const Elements<T>& other, Elements<T>& y) {
 #pragma unroll
-        for (int q = 0; q < kRowsOfThread; ++q)
+    for (int q = 0; q < kRowsOfThread<T>; ++q) {
 #pragma unroll
-            for (int e = 0; e < 8; ++e) base[q][e] = y[q][e];
+        for (int e = 0; e < 8; ++e) {
+            y[q][e] = draws.word[q][e] <= limit ? sum[q][e] : other[q][e];
+        }
     }
-    const Elements& from = kOrthogonal ? base : y;
+}
+
+constexpr std::uint32_t kEveryDraw = 0xffffffffu;
+
+// At most one adapter on each element.
+template <class T, bool kFast, class Operands>
+LORA_ORTHO_DEVICE void add_owner(const ExpandArguments<T>& p, const Stream& stream,
+                                 const Operands& operands, const ThreadRows<T>& at,
+                                 std::uint32_t block, const Elements<T>& base, Elements<T>& y) {
+    HighDraws<T> draws;
+    draws.template draw<kFast>(stream, at, block, 0);
     int j = p.adapter_count - 1;
-    if (kOrthogonal && operands.limit(j) == kAll) {  // the keep probabilities sum to 1
-        add_product<T>(operands, j, from, y);
-        --j;
+    const Entry last = operands.entry(j);
+    add_product<T>(operands, j, last, base, y);
+    // Where the keep probabilities sum to 1, the last adapter takes what the others leave.
+    if (last.limit != kEveryDraw) select<T>(draws, last.limit, y, base, y);
+#pragma unroll 1
+    for (--j; j >= 0; --j) {
+        const Entry entry = operands.entry(j);
+        Elements<T> sum;
+        add_product<T>(operands, j, entry, base, sum);
+        select<T>(draws, entry.limit, sum, y, y);
     }
-    for (; j >= 0; --j) {
-        const std::uint32_t limit = operands.limit(j);
-        if (!kOrthogonal && (p.draw == 0 || limit == kAll)) {
-            add_product<T>(operands, j, from, y);
+}
+
+// Every adapter that keeps the element, or all of them.
+template <class T, bool kFast, class Operands>
+LORA_ORTHO_DEVICE void add_kept(const ExpandArguments<T>& p, const Stream& stream,
+                                const Operands& operands, const ThreadRows<T>& at,
+                                std::uint32_t block, const Elements<T>& base, Elements<T>& y) {
+#pragma unroll
+    for (int q = 0; q < kRowsOfThread<T>; ++q) {
+#pragma unroll
+        for (int e = 0; e < 8; ++e) y[q][e] = base[q][e];
+    }
+#pragma unroll 1
+    for (int j = 0; j < p.adapter_count; ++j) {
+        const Entry entry = operands.entry(j);
+        if (p.draw == 0 || entry.limit == kEveryDraw) {
+            add_product<T>(operands, j, entry, y, y);
             continue;
         }
-        if (!kOrthogonal) {
+        HighDraws<T> draws;
+        draws.template draw<kFast>(stream, at, block, static_cast<std::uint32_t>(j));
+        Elements<T> sum;
+        add_product<T>(operands, j, entry, y, sum);
+        select<T>(draws, entry.limit, sum, y, y);
+    }
+}
+
+// Columns 8 block .. 8 block + 7 of base in all rows of the thread; zeros where there is none.
+template <class T, bool kFast>
+LORA_ORTHO_DEVICE void load_base(const ExpandArguments<T>& p, const ThreadRows<T>& at,
+                                 std::uint32_t block, Elements<T>& base) {
+    const T* from = at.base + (kFast ? static_cast<std::int64_t>(block) * 8 : 0);
 #pragma unroll
-            for (int q = 0; q < kRowsOfThread; ++q) {
-                draws[q] = stream.template draws<kFast>(rows[q], col, static_cast<std::uint32_t>(j));
-            }
+    for (int q = 0; q < kRowsOfThread<T>; ++q) {
+        const bool wanted = 8 * q < at.base_left && block < at.blocks;
+        Eight<T> eight;
+        if (kFast) {
+            eight = load_eight(from, wanted);
+            from += at.base_step;
+        } else {
+            eight.clear();
+            const std::int64_t col = static_cast<std::int64_t>(block) * 8;
+            if (wanted) eight = p.base.template eight<false>(at.row + 8 * q, col, p.cols);
         }
-        Elements sum;
-        add_product<T>(operands, j, from, sum);
 #pragma unroll
-        for (int q = 0; q < kRowsOfThread; ++q) {
-#pragma unroll
-            for (int e = 0; e < 8; ++e) {
-                // The draw in the high half; the low half changes no comparison with the limit.
-                const std::uint32_t word = draws[q].word[e / 2];
-                const std::uint32_t draw = e % 2 == 0 ? word << 16 : word;
-                y[q][e] = draw <= limit ? sum[q][e] : y[q][e];
-            }
+        for (int e = 0; e < 8; ++e) {
+            base[q][e] = eight[e];
+            pin(base[q][e]);
         }
     }
 }
 
-// Loads base, adds the adapters, rounds and stores one group of columns.
-template <class T, bool kOrthogonal, bool kFast, class Operands>
-LORA_ORTHO_DEVICE void expand_group(const ExpandArguments<T>& p, const Stream& stream,
-                                    const Operands& operands,
-                                    const std::int64_t (&rows)[kRowsOfThread], std::int64_t row0,
-                                    std::int64_t col) {
-    Elements y;
+// Rounds and stores them.
+template <class T, bool kFast>
+LORA_ORTHO_DEVICE void store_y(const ExpandArguments<T>& p, const ThreadRows<T>& at,
+                               std::uint32_t block, const Elements<T>& y) {
+    const std::int64_t col = static_cast<std::int64_t>(block) * 8;
+    T* to = at.y + col;
 #pragma unroll
-    for (int q = 0; q < kRowsOfThread; ++q) {
-        Eight<T> base;
-        base.clear();
-        if (p.base.data) base = p.base.template eight<kFast>(rows[q], col, p.cols);
-#pragma unroll
-        for (int e = 0; e < 8; ++e) y[q][e] = base[e];
-    }
-    add_adapters<T, kOrthogonal, kFast>(p, stream, operands, rows, col, y);
-#pragma unroll
-    for (int q = 0; q < kRowsOfThread; ++q) {
-        const std::int64_t row = row0 + 8 * q;
-        if (row >= p.rows) continue;
-        Eight<T> out;
-        out.set(y[q]);
-        T* to = p.y + row * p.cols + col;
+    for (int q = 0; q < kRowsOfThread<T>; ++q) {
+        const bool wanted = 8 * q < at.left && block < at.blocks;
         if (kFast) {
-            if (col < p.cols) store_eight(to, out);
+            Eight<T> out;
+            out.set(y[q]);
+            store_eight(to, out, wanted);
         } else {
 #pragma unroll
             for (int e = 0; e < 8; ++e) {
-                if (col + e < p.cols) to[e] = from_float<T>(y[q][e]);
+                if (wanted && col + e < p.cols) to[e] = from_float<T>(y[q][e]);
             }
         }
+        to += at.y_step;
     }
 }
 
-// ---- what the block puts into shared memory
-
-template <class T>
-LORA_ORTHO_DEVICE void stage_tables(const ExpandArguments<T>& p, Shared shared,
-                                    const ExpandShared& l) {
-    for (int j = thread_index(); j <= p.adapter_count; j += kExpandThreads) {
-        shared.store<int>(l.steps + 4 * j, static_cast<int>(p.adapters[j].step));
-        if (j == p.adapter_count) break;
-        shared.store<std::uint32_t>(4 * j, (p.adapters[j].limit << 16) | 0xffffu);
-        shared.store<float>(l.gains + 4 * j, p.gains ? p.gains[j] : 1.0f);
+// One block of eight columns in all rows of the thread.
+template <class T, bool kOrthogonal, bool kFast, class Operands>
+LORA_ORTHO_DEVICE void expand_block(const ExpandArguments<T>& p, const Stream& stream,
+                                    const Operands& operands, const ThreadRows<T>& at,
+                                    std::uint32_t block) {
+    Elements<T> base, y;
+    load_base<T, kFast>(p, at, block, base);
+    if (kOrthogonal) {
+        add_owner<T, kFast>(p, stream, operands, at, block, base, y);
+    } else {
+        add_kept<T, kFast>(p, stream, operands, at, block, base, y);
     }
-}
-
-// The block's rows of s as left operands: [warp][step][row tile][lane][upper row, lower row].
-template <class T>
-LORA_ORTHO_DEVICE void stage_s(const ExpandArguments<T>& p, Shared shared, const ExpandShared& l,
-                               std::int64_t row0) {
-    constexpr int kFourBytes = 4 * static_cast<int>(sizeof(T));
-    const int block_rows = p.row_warps * kWarpRows;
-    for (int j = 0; j < p.adapter_count; ++j) {
-        const Adapter a = p.adapters[j];
-        const float gain = kFoldGain<T> && p.gains ? p.gains[j] : 1.0f;
-        const int fours = static_cast<int>(p.adapters[j + 1].step - a.step) * (kStep / 4);
-        for (int e = thread_index(); e < block_rows * fours; e += kExpandThreads) {
-            const int row = e / fours, four = e % fours, t = four % 4;
-            const int step = static_cast<int>(a.step) + four / 4;
-            const int warp = row / kWarpRows, m = row % kWarpRows / 16, h = row % 16 / 8;
-            const int lane = row % 8 * 4 + t;
-            FourOf<T> value;
-            value.clear();
-            if (row0 + row < p.rows) value = s_four(p, a, gain, row0 + row, 4 * four);
-            const int tile = (warp * static_cast<int>(p.steps) + step) * kRowTiles + m;
-            int at = l.s + (sizeof(T) == 2 ? (tile * kWarp + lane) * 2 + h
-                                           : (tile * 2 + h) * kWarp + lane) * kFourBytes;
-#pragma unroll
-            for (int w = 0; w < FourOf<T>::kWords; w += 2) {
-                shared.store<Pair>(at, {{value.word[w], value.word[w + 1]}});
-                at += 8;
-            }
-        }
-    }
-}
-
-// Starts copying the factors of groups [group, group + count).
-template <class T>
-LORA_ORTHO_DEVICE void stage_factors(const ExpandArguments<T>& p, Shared shared, int to,
-                                     std::int64_t group, std::int64_t count) {
-    const std::int64_t group_elements = p.steps * kColumnBlock;
-    const T* from = p.factors + group * group_elements;
-    const int quads = static_cast<int>(count * group_elements * static_cast<int>(sizeof(T)) / 16);
-    for (int i = thread_index(); i < quads; i += kExpandThreads) {
-        shared.copy_async(to + 16 * i, reinterpret_cast<const Quad*>(from) + i);
-    }
-    copy_async_commit();
-}
-
-// s for the backward pass, where it was only there in parts: by the first block of every row.
-template <class T>
-LORA_ORTHO_DEVICE void write_s(const ExpandArguments<T>& p, std::int64_t row0, int block_rows) {
-    const std::int64_t rows = p.rows - row0 < block_rows ? p.rows - row0 : block_rows;
-    for (std::int64_t e = thread_index(); e < rows * p.rank_sum; e += kExpandThreads) {
-        p.s[row0 * p.rank_sum + e] = s_element(p, row0, e);
-    }
+    store_y<T, kFast>(p, at, block, y);
 }
 
 template <class T, bool kOrthogonal, bool kFast>
-LORA_ORTHO_KERNEL(kExpandThreads)
+LORA_ORTHO_KERNEL(kExpandThreads, 4)
 expand_kernel(const ExpandArguments<T> p) {
-    const int warp = thread_index() / kWarp, lane = thread_index() % kWarp;
-    const int g = lane / 4, t = lane % 4;
+    const int warp = thread_index() >> 5, lane = thread_index() & 31;
+    const int g = lane >> 2, t = lane & 3;
     const int row_warp = warp % p.row_warps, col_warp = warp / p.row_warps;
     const int col_warps = kExpandWarps / p.row_warps;
-    const std::int64_t block_row = block_index() % p.row_blocks * (p.row_warps * kWarpRows);
-    const std::int64_t first = block_index() / p.row_blocks * p.block_groups;
-    const std::int64_t groups = ceil_div(p.cols, kGroup);
-    const std::int64_t end = first + p.block_groups < groups ? first + p.block_groups : groups;
-    const std::int64_t row0 = block_row + row_warp * kWarpRows + g;
+    const auto index = static_cast<std::uint32_t>(block_index());
+    const std::int64_t block_row =
+        static_cast<std::int64_t>(index % p.row_blocks) * (p.row_warps * kWarpRows<T>);
+    const int first = static_cast<int>(index / p.row_blocks) * p.block_groups;
+    const int groups = static_cast<int>(ceil_div(p.cols, kGroup));
+    const int end = groups - first < p.block_groups ? groups : first + p.block_groups;
     const Stream stream(p.place);
+    const ThreadRows<T> at(p, block_row + row_warp * kWarpRows<T> + g);
 
-    std::int64_t rows[kRowsOfThread];
-#pragma unroll
-    for (int q = 0; q < kRowsOfThread; ++q) {
-        rows[q] = row0 + 8 * q < p.rows ? row0 + 8 * q : p.rows - 1;
-    }
-    if (p.partial && first == 0) write_s(p, block_row, p.row_warps * kWarpRows);
     if constexpr (kFast) {
         const Shared shared = shared_memory();
         const ExpandShared l = ExpandShared::make(p);
         int stage = l.factors;
-        stage_factors(p, shared, stage, first,
-                      end - first < p.stage_groups ? end - first : p.stage_groups);
-        stage_tables(p, shared, l);
+        stage_factors(p, shared, stage, first, end);
+        stage_entries(p, shared);
         stage_s(p, shared, l, block_row);
-        for (std::int64_t group = first; group < end; group += p.stage_groups) {
+        if (p.partial && first == 0) write_s(p, block_row);
+        const int s_bytes = kWarpRows<T> * kStep * static_cast<int>(sizeof(T)) * p.steps;
+        const int group_bytes = l.stage_bytes / p.stage_groups;
+        StagedOperands<T> operands = {shared, l.s + row_warp * s_bytes + 16 * lane, 0};
+#pragma unroll 1
+        for (int group = first; group < end; group += p.stage_groups) {
             copy_async_wait();
             sync_block();
             const int other = 2 * l.factors + l.stage_bytes - stage;
-            const std::int64_t next = group + p.stage_groups;
-            if (next < end) {
-                stage_factors(p, shared, other, next,
-                              end - next < p.stage_groups ? end - next : p.stage_groups);
+            if (group + p.stage_groups < end) {
+                stage_factors(p, shared, other, group + p.stage_groups, end);
             }
-            const int here = static_cast<int>(end - group < p.stage_groups ? end - group
-                                                                           : p.stage_groups);
-            const int s_warp = kWarpRows * kStep * static_cast<int>(sizeof(T) * p.steps);
-            const int group_bytes = l.stage_bytes / p.stage_groups;
+            const int here = end - group < p.stage_groups ? end - group : p.stage_groups;
+#pragma unroll 1
             for (int i = col_warp; i < here; i += col_warps) {
-                const StagedOperands<T> operands = {shared,
-                                                    l.s + row_warp * s_warp + 16 * lane,
-                                                    stage + i * group_bytes + 16 * lane,
-                                                    0,
-                                                    l.gains,
-                                                    l.steps};
-                expand_group<T, kOrthogonal, true>(p, stream, operands, rows, row0,
-                                                   (group + i) * kGroup + 8 * t);
+                operands.factors = stage + i * group_bytes + 16 * lane;
+                expand_block<T, kOrthogonal, true>(p, stream, operands, at,
+                                                   static_cast<std::uint32_t>(4 * (group + i) + t));
             }
             stage = other;
         }
     } else {
-        for (std::int64_t group = first + col_warp; group < end; group += col_warps) {
-            constexpr int kLaneElements = 16 / static_cast<int>(sizeof(T));
-            DirectOperands<T> operands = {
-                p, p.factors + group * p.steps * kColumnBlock + lane * kLaneElements, {}, t};
+        constexpr int kLaneElements = 16 / static_cast<int>(sizeof(T));
+        DirectOperands<T> operands = {p, nullptr, {}, t};
 #pragma unroll
-            for (int q = 0; q < kRowsOfThread; ++q) operands.rows[q] = rows[q];
-            expand_group<T, kOrthogonal, false>(p, stream, operands, rows, row0,
-                                                group * kGroup + 8 * t);
+        for (int q = 0; q < kRowsOfThread<T>; ++q) {
+            operands.rows[q] = at.row + 8 * q < p.rows ? at.row + 8 * q : p.rows - 1;
+        }
+#pragma unroll 1
+        for (int group = first + col_warp; group < end; group += col_warps) {
+            operands.factors = p.factors +
+                               static_cast<std::int64_t>(group) * p.steps * kColumnBlock +
+                               lane * kLaneElements;
+            expand_block<T, kOrthogonal, false>(p, stream, operands, at,
+                                                static_cast<std::uint32_t>(4 * group + t));
         }
     }
 }

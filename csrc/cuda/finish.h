@@ -15,7 +15,7 @@ struct SumArguments {
 };
 
 template <class T>  // one copy for each translation unit
-LORA_ORTHO_KERNEL(kFinishThreads)
+LORA_ORTHO_KERNEL(kFinishThreads, 2)
 sum_kernel(const SumArguments p) {
     const std::int64_t step = block_count() * kFinishThreads;
     for (std::int64_t i = block_index() * kFinishThreads + thread_index(); i < p.size; i += step) {
@@ -39,7 +39,7 @@ struct FinishArguments {
 };
 
 template <class T>
-LORA_ORTHO_KERNEL(kFinishThreads)
+LORA_ORTHO_KERNEL(kFinishThreads, 2)
 finish_kernel(const FinishArguments<T> p) {
     const Shared shared = shared_memory();
     const int lane = thread_index();
@@ -57,15 +57,15 @@ finish_kernel(const FinishArguments<T> p) {
             if (p.dgains) dgain += static_cast<double>(total) * to_float(p.s[at]);
         }
         if (!p.dgains) continue;
-        shared.store<double>(8 * lane, dgain);
+        shared.store_double(8 * lane, dgain);
         for (int width = kFinishThreads / 2; width > 0; width /= 2) {
             sync_block();
             if (lane < width) {
-                shared.store<double>(8 * lane, shared.load<double>(8 * lane) +
-                                                   shared.load<double>(8 * (lane + width)));
+                shared.store_double(8 * lane, shared.load_double(8 * lane) +
+                                                   shared.load_double(8 * (lane + width)));
             }
         }
-        if (lane == 0) p.dgains[block_index() * p.adapter_count + j] = shared.load<double>(0);
+        if (lane == 0) p.dgains[block_index() * p.adapter_count + j] = shared.load_double(0);
         sync_block();
     }
 }
@@ -78,7 +78,7 @@ struct GainArguments {
 };
 
 template <class T>
-LORA_ORTHO_KERNEL(kFinishThreads)
+LORA_ORTHO_KERNEL(kFinishThreads, 2)
 gain_kernel(const GainArguments p) {
     for (int j = thread_index(); j < p.adapter_count; j += kFinishThreads) {
         double total = 0.0;

@@ -55,8 +55,8 @@ Status shrink(const Layout& l, const void* packed, const View<T>& x, std::int64_
     a.cols = cols;
     a.rank_sum = l.rank_sum;
     a.tile_count = l.tiles;
-    a.row_blocks = config.row_blocks;
-    a.panels = config.panels;
+    a.row_blocks = static_cast<std::uint32_t>(config.row_blocks);
+    a.panels = static_cast<std::uint32_t>(config.panels);
     a.splits = config.splits;
     a.draw = draw;
     a.place = place;
@@ -69,14 +69,15 @@ Status shrink(const Layout& l, const void* packed, const View<T>& x, std::int64_
 
 ExpandConfig expand_config(const Layout& l, std::int64_t rows, std::int64_t cols, Device device,
                            bool fast) {
-    return ExpandConfig::make(rows, cols, l.adapters, l.steps, kSize, device.multiprocessors, fast);
+    return ExpandConfig::make(rows, cols, l.adapters, l.steps, kSize, kWarpRows<T>,
+                              device.multiprocessors, fast);
 }
 
 // Launches one of the four kernels that fits; `a` has everything but the configuration.
 Status expand(const ExpandConfig& config, bool orthogonal, ExpandArguments<T> a, void* stream) {
     a.row_warps = config.row_warps;
     a.stage_groups = config.stage_groups;
-    a.row_blocks = config.row_blocks;
+    a.row_blocks = static_cast<std::uint32_t>(config.row_blocks);
     a.block_groups = config.block_groups;
     void (*kernel)(const ExpandArguments<T>) =
         orthogonal ? config.staged ? expand_kernel<T, true, true> : expand_kernel<T, true, false>
@@ -90,7 +91,7 @@ ExpandArguments<T> expand_arguments(const Layout& l, const void* packed, bool co
     a.adapters = l.at<Adapter>(kAdapters, packed);
     a.factors = l.at<T>(columns_of_A ? kAColumns : kBColumns, packed);
     a.adapter_count = l.adapters;
-    a.steps = l.steps;
+    a.steps = static_cast<std::int32_t>(l.steps);
     a.splits = 1;
     a.rank_sum = l.rank_sum;
     return a;
@@ -200,8 +201,8 @@ std::size_t backward_bytes(const lora_ortho_factors& f, const lora_ortho_cuda_ca
 
 // Launches the sum over rows, in parts where there are several; `a` has everything else.
 Status reduce(const ReduceConfig& config, ReduceArguments<T> a, float* sums, void* stream) {
-    a.col_blocks = config.col_blocks;
-    a.panels = config.panels;
+    a.col_blocks = static_cast<std::uint32_t>(config.col_blocks);
+    a.panels = static_cast<std::uint32_t>(config.panels);
     a.splits = config.splits;
     a.partial = config.splits > 1 ? sums : nullptr;
     a.fast = is_wide(a.x, a.cols);

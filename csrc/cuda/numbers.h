@@ -111,26 +111,26 @@ using Eight = Run<T, 8>;
 template <class T>
 using FourOf = Run<T, 4>;
 
-// Eight elements at an address aligned to 16 bytes.
+// Eight elements at an address aligned to 16 bytes; zeros where not wanted.
 template <class T>
-LORA_ORTHO_DEVICE Eight<T> load_eight(const T* from) {
+LORA_ORTHO_DEVICE Eight<T> load_eight(const T* from, bool wanted = true) {
     Eight<T> out;
 #pragma unroll
     for (int i = 0; i < Eight<T>::kWords / 4; ++i) {
-        const Quad quad = load_quad(reinterpret_cast<const Quad*>(from) + i);
+        const Quad quad = load_quad_if(wanted, reinterpret_cast<const Quad*>(from) + i);
 #pragma unroll
         for (int k = 0; k < 4; ++k) out.word[4 * i + k] = quad.word[k];
     }
     return out;
 }
 template <class T>
-LORA_ORTHO_DEVICE void store_eight(T* to, const Eight<T>& value) {
+LORA_ORTHO_DEVICE void store_eight(T* to, const Eight<T>& value, bool wanted) {
 #pragma unroll
     for (int i = 0; i < Eight<T>::kWords / 4; ++i) {
         Quad quad;
 #pragma unroll
         for (int k = 0; k < 4; ++k) quad.word[k] = value.word[4 * i + k];
-        store_quad(reinterpret_cast<Quad*>(to) + i, quad);
+        store_quad_if(wanted, reinterpret_cast<Quad*>(to) + i, quad);
     }
 }
 // Half h (0 or 1) of eight elements.

@@ -36,7 +36,7 @@ LORA_ORTHO_DEVICE float rank_element(const lora_ortho_matrix& m, bool is_A, std:
 }
 
 template <class T>
-LORA_ORTHO_KERNEL(kPackThreads)
+LORA_ORTHO_KERNEL(kPackThreads, 2)
 pack_kernel(const PackArguments<T> p) {
     const Adapter& a = p.adapter;
     const std::int64_t start = block_index() * kPackThreads + thread_index();

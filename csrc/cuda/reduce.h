@@ -38,7 +38,7 @@ struct ReduceArguments {
     const T* s;  // [rows][rank_sum]
     const float* gains;  // null: ones
     std::int64_t rows, cols, rank_sum, tile_count;
-    std::int64_t col_blocks, panels;  // blocks: col_blocks * panels * splits, columns fastest
+    std::uint32_t col_blocks, panels;  // blocks: col_blocks * panels * splits, columns fastest
     std::int32_t splits;
     std::int32_t draw;   // 0 nothing, 1 once, 2 for every adapter
     std::int32_t fast;   // x allows 16-byte accesses and cols is a multiple of eight
@@ -66,7 +66,7 @@ LORA_ORTHO_DEVICE Run<T, N> load_run(Shared shared, int byte) {
     Run<T, N> out;
 #pragma unroll
     for (int i = 0; i < Run<T, N>::kWords; i += 2) {
-        const Pair pair = shared.load<Pair>(byte + 4 * i);
+        const Pair pair = shared.load_pair(byte + 4 * i);
         out.word[i] = pair.word[0];
         out.word[i + 1] = pair.word[1];
     }
@@ -76,9 +76,9 @@ LORA_ORTHO_DEVICE Run<T, N> load_run(Shared shared, int byte) {
 template <class T>
 LORA_ORTHO_DEVICE void store_bits(Shared shared, int byte, std::uint32_t bits) {
     if (sizeof(T) == 4) {
-        shared.store<std::uint32_t>(byte, bits);
+        shared.store_word(byte, bits);
     } else {
-        shared.store<std::uint16_t>(byte, static_cast<std::uint16_t>(bits));
+        shared.store_half(byte, bits);
     }
 }
 
@@ -115,11 +115,11 @@ LORA_ORTHO_DEVICE void turn_draws(const Stream& stream, Shared shared, int warp_
 #pragma unroll
     for (int q = 0; q < 4; ++q) {
         const int row = 8 * q + g;
-        const Draws draws = stream.template draws<false>(row0 + row, col0 + 8 * t, lane_set);
+        const Draws draws = stream.template draws<false>(
+            static_cast<std::uint32_t>(row0 + row), static_cast<std::uint32_t>(col0 / 8 + t), lane_set);
 #pragma unroll
         for (int e = 0; e < 8; ++e) {
-            shared.store<std::uint16_t>(warp_at + L::kDraws + ((8 * t + e) * L::kPitch + row) * 2,
-                                        static_cast<std::uint16_t>(draws[e]));
+            shared.store_half(warp_at + L::kDraws + ((8 * t + e) * L::kPitch + row) * 2, draws[e]);
         }
     }
 }
@@ -155,7 +155,7 @@ LORA_ORTHO_DEVICE FourOf<T> masked_column(Shared shared, int warp_at, int col, i
     FourOf<T> x =
         load_run<T, 4>(shared, warp_at + L::kX + (col * L::kPitch + row) * int(sizeof(T)));
     if (!draw) return x;
-    const Pair draws = shared.load<Pair>(warp_at + L::kDraws + (col * L::kPitch + row) * 2);
+    const Pair draws = shared.load_pair(warp_at + L::kDraws + (col * L::kPitch + row) * 2);
 #pragma unroll
     for (int w = 0; w < FourOf<T>::kWords; ++w) {
         bool keep[2];
@@ -171,15 +171,15 @@ LORA_ORTHO_DEVICE FourOf<T> masked_column(Shared shared, int warp_at, int col, i
 }
 
 template <class T>
-LORA_ORTHO_KERNEL(kReduceThreads)
+LORA_ORTHO_KERNEL(kReduceThreads, 2)
 reduce_kernel(const ReduceArguments<T> p) {
     using L = ReduceShared<T>;
     constexpr int kTiles = kTilesAtOnce<T>;
     const Shared shared = shared_memory();
-    const int warp = thread_index() / kWarp, lane = thread_index() % kWarp;
-    const int g = lane / 4, t = lane % 4, warp_at = warp * L::kWarpBytes;
-    const std::int64_t block = block_index();
-    const std::int64_t col0 = block % p.col_blocks * kGroup;
+    const int warp = thread_index() >> 5, lane = thread_index() & 31;
+    const int g = lane >> 2, t = lane & 3, warp_at = warp * L::kWarpBytes;
+    const auto block = static_cast<std::uint32_t>(block_index());
+    const std::int64_t col0 = static_cast<std::int64_t>(block % p.col_blocks) * kGroup;
     const std::int64_t panel = block / p.col_blocks % p.panels;
     const std::int64_t split = block / p.col_blocks / p.panels;
     const std::int64_t first_tile = panel * kTiles;
@@ -243,7 +243,7 @@ reduce_kernel(const ReduceArguments<T> p) {
 #pragma unroll
             for (int h = 0; h < 2; ++h) {
                 const int col = 16 * m + 8 * h + g, rank = kTile * i + 2 * t;
-                shared.store<Pair>(
+                shared.store_pair(
                     ((warp * kGroup + col) * kWidth + rank) * 4,
                     {{as_bits(sum[m][i].v[2 * h]), as_bits(sum[m][i].v[2 * h + 1])}});
             }
@@ -261,7 +261,7 @@ reduce_kernel(const ReduceArguments<T> p) {
         float total = 0.0f;
 #pragma unroll
         for (int w = 0; w < 4; ++w) {
-            total += shared.load<float>(((w * kGroup + col) * kWidth + rank) * 4);
+            total += shared.load_float(((w * kGroup + col) * kWidth + rank) * 4);
         }
         if (p.gains) total *= p.gains[tile.adapter];
         const Adapter a = p.adapters[tile.adapter];

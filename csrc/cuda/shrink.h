@@ -22,7 +22,7 @@ struct ShrinkArguments {
     const T* factors;  // section A_rows or B_rows
     View<T> x;
     std::int64_t rows, cols, rank_sum, tile_count;
-    std::int64_t row_blocks, panels;  // blocks: row_blocks * panels * splits, rows fastest
+    std::uint32_t row_blocks, panels;  // blocks: row_blocks * panels * splits, rows fastest
     std::int32_t splits;
     std::int32_t draw;  // 0 nothing, 1 once, 2 for every adapter
     Place place;
@@ -68,7 +68,7 @@ struct MaskedRows {
         for (int q = 0; q < 4; ++q) {
             rows[q] = rows_[q];
             x[q] = p.x.template eight<kFast>(rows[q], col, p.cols);
-            if (kMasked && p.draw == 1) draws[q] = stream.template draws<kFast>(rows[q], col, 0);
+            if (kMasked && p.draw == 1) draws[q] = stream.template draws<kFast>(row(q), block(), 0);
         }
     }
     LORA_ORTHO_DEVICE void select(std::int32_t wanted) {
@@ -79,24 +79,26 @@ struct MaskedRows {
 #pragma unroll
         for (int q = 0; q < 4; ++q) {
             if (p.draw == 2) {
-                draws[q] = stream.template draws<kFast>(rows[q], col,
+                draws[q] = stream.template draws<kFast>(row(q), block(),
                                                         static_cast<std::uint32_t>(adapter));
             }
             kept[q] = p.draw == 0 ? x[q] : masked(x[q], draws[q], lower, span);
         }
     }
     LORA_ORTHO_DEVICE const Eight<T>& operator[](int q) const { return kMasked ? kept[q] : x[q]; }
+    LORA_ORTHO_DEVICE std::uint32_t row(int q) const { return static_cast<std::uint32_t>(rows[q]); }
+    LORA_ORTHO_DEVICE std::uint32_t block() const { return static_cast<std::uint32_t>(col / 8); }
 };
 
 template <class T, bool kMasked, bool kFast>
-LORA_ORTHO_KERNEL(kShrinkThreads)
+LORA_ORTHO_KERNEL(kShrinkThreads, 2)
 shrink_kernel(const ShrinkArguments<T> p) {
     constexpr int kTiles = kTilesAtOnce<T>;
     const Shared shared = shared_memory();
-    const int warp = thread_index() / kWarp, lane = thread_index() % kWarp;
-    const int g = lane / 4, t = lane % 4;
-    const std::int64_t block = block_index();
-    const std::int64_t row0 = block % p.row_blocks * kShrinkRows;
+    const int warp = thread_index() >> 5, lane = thread_index() & 31;
+    const int g = lane >> 2, t = lane & 3;
+    const auto block = static_cast<std::uint32_t>(block_index());
+    const std::int64_t row0 = static_cast<std::int64_t>(block % p.row_blocks) * kShrinkRows;
     const std::int64_t panel = block / p.row_blocks % p.panels;
     const std::int64_t split = block / p.row_blocks / p.panels;
     const std::int64_t groups = ceil_div(p.cols, kGroup);
@@ -142,7 +144,7 @@ shrink_kernel(const ShrinkArguments<T> p) {
             for (int h = 0; h < 2; ++h) {
                 const int row = 16 * m + 8 * h + g, rank = kTile * i + 2 * t;
                 const int at = ((warp * kShrinkRows + row) * kWidth + rank) * 4;
-                shared.store<Pair>(
+                shared.store_pair(
                     at, {{as_bits(sum[m][i].v[2 * h]), as_bits(sum[m][i].v[2 * h + 1])}});
             }
         }
@@ -155,7 +157,7 @@ shrink_kernel(const ShrinkArguments<T> p) {
         if (k >= tile.count) continue;
         float total = 0.0f;
 #pragma unroll
-        for (int w = 0; w < 4; ++w) total += shared.load<float>((w * kShrinkRows * kWidth + e) * 4);
+        for (int w = 0; w < 4; ++w) total += shared.load_float((w * kShrinkRows * kWidth + e) * 4);
         const std::int64_t at = (row0 + row) * p.rank_sum + tile.begin + k;
         if (p.partial) {
             p.partial[split * p.rows * p.rank_sum + at] = total;

@@ -156,12 +156,12 @@ def _call(
     tokens: int, gains: Tensor, seed: int | Tensor, place: Place, device: torch.device
 ) -> tuple[int, ...]:
     """What every call ends with; a seed tensor is read by the kernels, on the device."""
-    by_value = isinstance(seed, int)
+    value, address = (seed & _MASK, 0) if isinstance(seed, int) else (0, seed.data_ptr())
     return (
         tokens,
         gains.data_ptr(),
-        seed & _MASK if by_value else 0,
-        0 if by_value else seed.data_ptr(),
+        value,
+        address,
         *place,
         _stream(device),
     )

@@ -7,10 +7,9 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#include <type_traits>
 
 #define LORA_ORTHO_DEVICE inline
-#define LORA_ORTHO_KERNEL(threads) static void
+#define LORA_ORTHO_KERNEL(threads, blocks) static void
 
 namespace lora_ortho::cuda {
 namespace host {
@@ -46,18 +45,24 @@ using host::thread_index;
 
 struct Shared {
     template <class V>
-    V load(int byte) const {
-        static_assert(std::is_trivially_copyable_v<V>);
+    static V load(int byte) {
         V value;
         host::shared_load(byte, &value, sizeof(V));
         return value;
     }
-    Quad load_quad(int byte) const { return load<Quad>(byte); }
     template <class V>
-    void store(int byte, const V& value) const {
+    static void store(int byte, const V& value) {
         host::shared_store(byte, &value, sizeof(V));
     }
+    Quad load_quad(int byte) const { return load<Quad>(byte); }
+    Pair load_pair(int byte) const { return load<Pair>(byte); }
+    float load_float(int byte) const { return load<float>(byte); }
+    double load_double(int byte) const { return load<double>(byte); }
     void store_quad(int byte, const Quad& v) const { store(byte, v); }
+    void store_pair(int byte, const Pair& v) const { store(byte, v); }
+    void store_word(int byte, std::uint32_t v) const { store(byte, v); }
+    void store_half(int byte, std::uint32_t v) const { store(byte, static_cast<std::uint16_t>(v)); }
+    void store_double(int byte, double v) const { store(byte, v); }
     void copy_async(int byte, const void* from) const { host::shared_copy_async(byte, from); }
 };
 inline Shared shared_memory() { return {}; }
@@ -67,10 +72,23 @@ inline Quad load_quad(const void* from) {
     if (reinterpret_cast<std::uintptr_t>(from) % 16 != 0) __builtin_trap();
     return *static_cast<const Quad*>(from);
 }
-inline void store_quad(void* to, const Quad& v) {
+inline Quad load_quad_if(bool wanted, const void* from) {
+    return wanted ? load_quad(from) : Quad{};
+}
+inline void store_quad_if(bool wanted, void* to, const Quad& v) {
+    if (!wanted) return;
     if (reinterpret_cast<std::uintptr_t>(to) % 16 != 0) __builtin_trap();
     *static_cast<Quad*>(to) = v;
 }
+
+inline void multiply_wide(std::uint32_t a, std::uint32_t b, std::uint32_t& low,
+                          std::uint32_t& high) {
+    const std::uint64_t product = static_cast<std::uint64_t>(a) * b;
+    low = static_cast<std::uint32_t>(product);
+    high = static_cast<std::uint32_t>(product >> 32);
+}
+inline void pin(float&) {}
+inline void pin(std::uint32_t&) {}
 
 inline float as_float(std::uint32_t bits) {
     float value;
