@@ -26,15 +26,18 @@ class Loop:
 
 @dataclass
 class Kernel:
-    """One kernel: its instructions as text, and the loops of the outermost level."""
+    """One kernel.
+
+    Attributes:
+        code: its instructions as text.
+        targets: where the branches among them lead, by index.
+        loops: those of the outermost level.
+    """
 
     name: str
     code: list[str]
+    targets: dict[int, int]
     loops: list[Loop]
-
-    def count(self, pattern: str) -> int:
-        """How many instructions match a regular expression."""
-        return sum(re.search(pattern, line) is not None for line in self.code)
 
 
 def kernels(listing: str) -> Iterator[Kernel]:
@@ -49,17 +52,18 @@ def kernels(listing: str) -> Iterator[Kernel]:
                 code.append(found[2])
         while code and re.search(r"\bNOP\b", code[-1]):
             code.pop()
-        yield Kernel(part.split(",")[0].strip(), code, _loops(code, labels))
+        targets: dict[int, int] = {}
+        for at, line in enumerate(code):
+            found = _TARGET.search(line) if re.search(r"\bBRA\b", line) else None
+            if found and found[1] in labels:
+                targets[at] = labels[found[1]]
+        yield Kernel(part.split(",")[0].strip(), code, targets, _loops(targets))
 
 
-def _loops(code: list[str], labels: dict[str, int]) -> list[Loop]:
+def _loops(targets: dict[int, int]) -> list[Loop]:
     """Every backward branch closes a loop; those that begin alike are one."""
     ends: dict[int, int] = {}
-    for at, line in enumerate(code):
-        if not re.search(r"\bBRA\b", line):
-            continue
-        found = _TARGET.search(line)
-        target = labels.get(found[1], at) if found else at
+    for at, target in targets.items():
         if target < at:
             ends[target] = max(ends.get(target, 0), at + 1)
     outermost: list[Loop] = []
