@@ -11,7 +11,10 @@ from pathlib import Path
 import pytest
 from native import ROOT, build, environment, run
 
-TESTS = ["test_mask_stream", "test_kernels", "test_api", "test_headers"]
+TESTS = [
+    *["test_mask_stream", "test_kernels", "test_api", "test_headers"],
+    *["test_cuda_api", "test_cuda_kernels"],
+]
 ISAS = ["baseline", "avx2", "avx512", "avx512_bf16", "amx"]
 INCLUDE = ROOT / "csrc" / "include"
 
@@ -26,6 +29,20 @@ def output_of(preset: str, test: str) -> str:
 @pytest.mark.parametrize("test", TESTS)
 def test_program(preset: str, test: str) -> None:
     output = output_of(preset, test)
+    assert re.search(r"^[1-9]\d* passed, 0 failed$", output, re.MULTILINE), output
+
+
+def test_fuzzed_arguments() -> None:
+    """200000 inputs under AddressSanitizer and UBSan; every status that a check gives occurs."""
+    output = output_of("sanitized", "fuzz_arguments")
+    print(output)
+    assert re.search(r"^200000 inputs tried, [1-9]\d{4,} calls accepted$", output, re.MULTILINE)
+    assert len(re.findall(r"^ +[1-9]\d* ", output, re.MULTILINE)) >= 12, output
+
+
+def test_threads_without_races() -> None:
+    """The library and its C interface under ThreadSanitizer, many calls at once."""
+    output = output_of("threads", "test_threads")
     assert re.search(r"^[1-9]\d* passed, 0 failed$", output, re.MULTILINE), output
 
 

@@ -10,6 +10,8 @@ namespace {
 
 using namespace lora_ortho::cpu;
 
+constexpr std::int64_t kMaxRankSum = std::int64_t{1} << 31;
+
 template <class Body>
 Status guarded(Body&& body) noexcept {
     try {
@@ -40,7 +42,11 @@ struct Setting {
         LORA_ORTHO_CHECK(current_device(device));
         LORA_ORTHO_CHECK(check_factor_sizes(factors));
         kernels = kernels_of(factors->dtype);
-        return kernels ? LORA_ORTHO_OK : LORA_ORTHO_BAD_DTYPE;
+        if (!kernels) return LORA_ORTHO_BAD_DTYPE;
+        // Steps of ranks and groups of columns are counted in 32 bits.
+        const bool fits = Layout(*factors, sizeof(double)).rank_sum <= kMaxRankSum &&
+                          factors->d_in <= LORA_ORTHO_COL_LIMIT;
+        return fits ? LORA_ORTHO_OK : LORA_ORTHO_BAD_SIZE;
     }
     Status open(const lora_ortho_factors* factors, const lora_ortho_cuda_call* call) {
         LORA_ORTHO_CHECK(open(factors));
@@ -139,7 +145,7 @@ lora_ortho_status lora_ortho_cuda_forward(const lora_ortho_factors* factors, con
         if (base) LORA_ORTHO_CHECK(check_operand(f.dtype, call->tokens, base, f.d_out));
         if (call->tokens == 0) return LORA_ORTHO_OK;
         LORA_ORTHO_CHECK(check_pointer(y, dtype_bytes(f.dtype)));
-        LORA_ORTHO_CHECK(check_pointer(s, 16));
+        LORA_ORTHO_CHECK(check_pointer(s, dtype_bytes(f.dtype)));
         LORA_ORTHO_CHECK(
             check_workspace(workspace, workspace_bytes,
                             setting.kernels->forward_bytes(f, *call, setting.device)));
@@ -178,7 +184,7 @@ lora_ortho_status lora_ortho_cuda_backward(const lora_ortho_factors* factors, co
             !is_aligned(dB, size) || !is_aligned(dgains, alignof(float))) {
             return LORA_ORTHO_MISALIGNED;
         }
-        if (call->tokens > 0) LORA_ORTHO_CHECK(check_pointer(s, 16));
+        if (call->tokens > 0) LORA_ORTHO_CHECK(check_pointer(s, dtype_bytes(f.dtype)));
         LORA_ORTHO_CHECK(
             check_workspace(workspace, workspace_bytes,
                             setting.kernels->backward_bytes(f, *call, setting.device)));

@@ -25,6 +25,7 @@ struct ExpandArguments {
     std::int32_t steps;
     const float* gains;    // null: ones
     T* s;                  // [rows][rank_sum]; written where `partial` is not null
+    std::int32_t wide_s;   // four neighbours of s may be read at once where they start at a multiple
     const float* partial;  // [splits][rows][rank_sum]; null unless kFast
     std::int32_t splits;
     std::int32_t row_warps;  // warps of a block that take different rows: 1 or 2
@@ -82,7 +83,7 @@ template <class T, bool kFast>
 LORA_ORTHO_DEVICE FourOf<T> s_four(const ExpandArguments<T>& p, const Adapter& a, float gain,
                                    std::int64_t row, std::int64_t k) {
     FourOf<T> out;
-    if (kFast && !p.partial && k + 4 <= a.rank && (a.begin | p.rank_sum) % 4 == 0) {
+    if (kFast && !p.partial && k + 4 <= a.rank && p.wide_s && (a.begin | p.rank_sum) % 4 == 0) {
         const T* from = p.s + row * p.rank_sum + a.begin + k;
 #pragma unroll
         for (int w = 0; w < FourOf<T>::kWords / 2; ++w) {

@@ -76,6 +76,7 @@ ExpandConfig expand_config(const Layout& l, std::int64_t rows, std::int64_t cols
 // Launches one of the four kernels that fits; `a` has everything but the configuration.
 Status expand(const ExpandConfig& config, bool orthogonal, ExpandArguments<T> a, void* stream) {
     a.row_warps = config.row_warps;
+    a.wide_s = cpu::is_aligned(a.s, 4 * sizeof(T));
     a.stage_groups = config.stage_groups;
     a.row_blocks = static_cast<std::uint32_t>(config.row_blocks);
     a.block_groups = config.block_groups;

@@ -1,4 +1,4 @@
-# The shared library exports what the header declares, and nothing else.
+# The shared library exports what the headers declare, and nothing else.
 execute_process(COMMAND ${NM} -D --defined-only ${LIBRARY} OUTPUT_VARIABLE symbols
                 RESULT_VARIABLE status)
 if(NOT status EQUAL 0)
@@ -7,8 +7,12 @@ endif()
 string(REGEX MATCHALL "[A-Za-z] [A-Za-z0-9_.]+\n" exported "${symbols}")
 list(TRANSFORM exported REPLACE "^. (.*)\n$" "\\1")
 list(SORT exported)
-file(READ ${HEADER} text)
-string(REGEX MATCHALL "LORA_ORTHO_API[^;]*[ *](lora_ortho_[a-z_]+)\\(" declared "${text}")
+set(declared)
+foreach(header ${HEADERS})
+  file(READ ${header} text)
+  string(REGEX MATCHALL "LORA_ORTHO_API[^;]*[ *](lora_ortho_[a-z_]+)\\(" found "${text}")
+  list(APPEND declared ${found})
+endforeach()
 list(TRANSFORM declared REPLACE "^.*[ *](lora_ortho_[a-z_]+)\\($" "\\1")
 list(SORT declared)
 if(declared STREQUAL "" OR NOT exported STREQUAL declared)
