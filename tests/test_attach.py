@@ -329,6 +329,19 @@ def test_functional_call_reaches_the_parameters() -> None:
         torch.testing.assert_close(ours, model(X), rtol=1e-5, atol=1e-5)
 
 
+def test_compiles_without_a_graph_break() -> None:
+    model = make()
+    with attach(model, seed=3):
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        ours = compiled(X)
+        ours.square().sum().backward()
+        found = {name: parameter.grad for name, parameter in model.named_parameters()}
+        expected = gradients(model, X)
+        torch.testing.assert_close(ours, model(X), rtol=1e-6, atol=1e-6)
+        for name, gradient in expected.items():
+            torch.testing.assert_close(found[name], gradient, rtol=1e-5, atol=1e-5)
+
+
 # Bases that keep their own forward
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import SUBJECTS, Subject, adapted, library
+from models import NAMES, SUBJECTS, Subject, adapted, library
 from torch import Tensor, nn
 
 import lora_ortho
@@ -15,7 +15,7 @@ import lora_ortho
 THREE = ("plain", "rslora", "offset")
 
 
-@pytest.fixture(params=SUBJECTS)
+@pytest.fixture(params=NAMES)
 def subject(request: pytest.FixtureRequest) -> Subject:
     return SUBJECTS[request.param]
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import KINDS, SUBJECTS, Subject, adapted
+from models import KINDS, NAMES, SUBJECTS, Subject, adapted
 from safetensors import safe_open
 from test_adapters_images import kohya, write
 from test_attach import Small, X, layer, make
@@ -24,7 +24,7 @@ from lora_ortho.adapters import adapters_of
 peft = pytest.importorskip("peft", reason="PEFT is not installed: nothing to export for")
 
 
-@pytest.fixture(params=SUBJECTS)
+@pytest.fixture(params=NAMES)
 def subject(request: pytest.FixtureRequest) -> Subject:
     return SUBJECTS[request.param]
 

@@ -83,6 +83,10 @@ class Attachment(Handle):
         _check(fresh, {name: fresh.names(layer) for name, layer in self.layers.items()})
         for name, value in changes.items():
             setattr(self._settings, name, value)
+        for layer in self.layers.values() if changes.keys() - {"seed", "sample"} else ():
+            merge = peft_layers.of(layer)
+            if merge is not None:
+                merge.prepare(layer, self._settings.names(layer))
         return self
 
     def detach(self) -> None:
@@ -155,9 +159,13 @@ def attach(
     warn_of_changed_bases(model, order)
     report = [_report(entry, members[entry.name], settings) for entry in chosen]
     report += [problem.report() for problem in problems]
+    merges = []
     for entry in chosen:
         merge = LayerMerge(type(entry.module), entry.name, entry.stream, settings)
-        peft_layers.put(entry.module, merge)
+        merge.prepare(entry.module, members[entry.name])
+        merges.append((entry.module, merge))
+    for layer, merge in merges:
+        peft_layers.put(layer, merge)
     activated = _activate(layers, order) if activate else []
     return Attachment({e.name: e.module for e in chosen}, report, settings, activated)
 

@@ -117,6 +117,17 @@ class LayerMerge:
         merge = self._prepared(layer, names, A, B, biases)
         return merge.add(x, y, in_place=is_fresh(layer.base_layer))
 
+    def prepare(self, layer: Any, names: tuple[str, ...]) -> None:
+        """Makes ready what the next call needs, so that a compiled one finds it."""
+        if not names:
+            return
+        A, B = ([part[n].weight for n in names] for part in (layer.lora_A, layer.lora_B))
+        biases = [layer.lora_B[name].bias for name in names]
+        if is_convolution(layer):
+            B = [weight.flatten(1) for weight in B]
+            A = list(selectors(tuple(b.shape[1] for b in B), B[0].dtype, B[0].device))
+        self._prepared(layer, names, A, B, biases)
+
     def _add_spread(
         self,
         layer: Any,
