@@ -6,7 +6,8 @@ import fcntl
 import os
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from types import MappingProxyType
@@ -41,13 +42,20 @@ def run(
     return done.stdout
 
 
+@contextmanager
+def locked(preset: str) -> Iterator[Path]:
+    """Its build folder, for this process alone: tests run in several."""
+    folder = ROOT / "build" / preset
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield folder
+
+
 @cache
 def build(preset: str) -> Path:
     """Configures and builds a preset of CMakePresets.json, once; its build folder."""
-    folder = ROOT / "build" / preset
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("w") as lock:  # tests run in several processes
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with locked(preset) as folder:
         run(["cmake", "--preset", preset, "--fresh"])
         run(["cmake", "--build", "--preset", preset])
     return folder

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from native import ROOT, environment
+from native import ROOT, environment, locked
 
 from lora_ortho.cli.merge_config import Lora, MergeConfig
 
@@ -108,7 +108,9 @@ def test_page_runs(
         if block.kind == "python":
             printed = run_python(block, page, names)
         elif block.kind == "sh":
-            printed = run_shell(block, shell, work)
+            builds = "cmake --preset release" in block.text  # in the sources, as other tests do
+            with locked("release") if builds else contextlib.nullcontext():
+                printed = run_shell(block, shell, work)
         elif block.kind == "text":
             same = doctest.OutputChecker().check_output(
                 block.text, printed, doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
