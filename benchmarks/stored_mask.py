@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import triton
@@ -26,8 +25,8 @@ _WIDE = os.environ.get("TRITON_INTERPRET", "") not in ("", "0")
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _drop_and_shrink(
-    x_ptr: Any, a_ptr: Any, mask_ptr: Any, s_ptr: Any, seed: Any, tokens: Any, d_in: Any,
-    rank: Any, rank_sum: Any, keep: Any,
+    x_ptr: tl.tensor, a_ptr: tl.tensor, mask_ptr: tl.tensor, s_ptr: tl.tensor, seed: tl.tensor,
+    tokens: tl.tensor, d_in: tl.tensor, rank: tl.tensor, rank_sum: tl.tensor, keep: tl.tensor,
     TOKENS: tl.constexpr, FEATURES: tl.constexpr, RANK: tl.constexpr,
     WIDE: tl.constexpr,
 ) -> None:  # fmt: skip

@@ -346,6 +346,32 @@ def test_rehearsal_of_the_gpu_run(tmp_path: Path) -> None:
     assert found["refused"].keys() <= {"vllm"}
 
 
+_COMPILE = """
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from benchmarks.stored_mask import _drop_and_shrink as kernel
+types = dict.fromkeys(("x_ptr", "a_ptr", "s_ptr"), "*bf16") | {"mask_ptr": "*i8", "keep": "fp32"}
+types |= dict.fromkeys(("seed", "tokens", "d_in", "rank", "rank_sum"), "i32")
+constants = {"TOKENS": 32, "FEATURES": 64, "RANK": 16, "WIDE": False}
+types |= dict.fromkeys(constants, "constexpr")
+source = ASTSource(fn=kernel, signature=types, constexprs=constants)
+for arch in (80, 90):
+    print(len(triton.compile(source, target=GPUTarget("cuda", arch, 32)).asm["cubin"]))
+"""
+
+
+def test_stored_mask_compiles_for_gpus() -> None:
+    pytest.importorskip("triton", reason="needs Triton")
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", _COMPILE], cwd=ROOT, env=environment, text=True,
+        capture_output=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert [int(size) > 1000 for size in done.stdout.split()] == [True, True]
+
+
 def test_a_stage_that_fails_hides_no_other(capsys: pytest.CaptureFixture[str]) -> None:
     stages = gpu.Run(rehearsal=False, total=60.0)
     python = sys.executable
