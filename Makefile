@@ -12,6 +12,8 @@ BIN := $(VENV)/bin
 # Here, a build without the compiled kernels is an error and not a warning.
 export LORA_ORTHO_REQUIRE_NATIVE ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
+# The CUDA kernels take minutes to compile: here only where there is a GPU to run them.
+export LORA_ORTHO_CUDA ?= $(if $(wildcard /dev/nvidia0),1,0)
 
 NATIVE := $(shell find csrc cmake -type f) CMakeLists.txt
 CHECKED := lora_ortho triton_kernels tests examples benchmarks docs setup.py

@@ -3,6 +3,10 @@
 The package works without its compiled part, so a build that fails is a warning, and importing
 ``lora_ortho._C`` then raises ImportError with the reason. LORA_ORTHO_REQUIRE_NATIVE=1 in the
 environment makes it an error.
+
+LORA_ORTHO_CUDA says whether the CUDA kernels are compiled in: 1 yes, 0 no, unset where nvcc is found;
+then a failure leaves them out with a warning. LORA_ORTHO_CUDA_ARCHITECTURES names others than those of
+cmake/cuda.cmake.
 """
 
 from __future__ import annotations
@@ -57,6 +61,25 @@ def run_tool(arguments: list[str]) -> None:
 
 
 def cmake_build(folder: Path, output_dir: Path) -> None:
+    """Builds the extension in `folder`, with CUDA kernels where they are wanted and can be had."""
+    wanted = os.environ.get("LORA_ORTHO_CUDA", "")
+    if wanted not in ("", "0", "1"):
+        raise NativeBuildError(f"LORA_ORTHO_CUDA must be 0, 1 or unset, got {wanted!r}")
+    if wanted == "1" or (not wanted and shutil.which("nvcc")):
+        try:
+            return cmake_build_with(folder, output_dir, cuda=True)
+        except NativeBuildError as error:
+            if wanted == "1":
+                raise
+            print(
+                f"lora_ortho: WARNING: building without CUDA kernels, since {error}",
+                file=sys.stderr,
+                flush=True,
+            )
+    cmake_build_with(folder, output_dir, cuda=False)
+
+
+def cmake_build_with(folder: Path, output_dir: Path, *, cuda: bool) -> None:
     """Configures and builds the extension in `folder`; it appears in `output_dir`."""
     try:
         import pybind11
@@ -81,6 +104,8 @@ def cmake_build(folder: Path, output_dir: Path) -> None:
             f"-DLORA_ORTHO_PYTHON_OUTPUT_DIR={output_dir}",
             "-DCMAKE_BUILD_TYPE=Release",
             "-DLORA_ORTHO_BUILD_PYTHON=ON",
+            f"-DLORA_ORTHO_CUDA={'ON' if cuda else 'OFF'}",
+            f"-DLORA_ORTHO_CUDA_ARCHITECTURES={os.environ.get('LORA_ORTHO_CUDA_ARCHITECTURES', '')}",
             "-DLORA_ORTHO_BUILD_SHARED=OFF",
             "-DLORA_ORTHO_BUILD_STATIC=OFF",
         ]

@@ -24,6 +24,9 @@ file(RELATIVE_PATH pc_to_prefix /prefix/${CMAKE_INSTALL_LIBDIR}/pkgconfig /prefi
 if(OpenMP_CXX_FOUND)
   set(pc_openmp ${OpenMP_CXX_FLAGS})
 endif()
+if(LORA_ORTHO_CUDA)
+  set(pc_cuda "-L${CUDAToolkit_LIBRARY_DIR} -lcudart_static -lrt -lpthread -ldl")
+endif()
 configure_file(${PROJECT_SOURCE_DIR}/cmake/lora_ortho.pc.in
                ${PROJECT_BINARY_DIR}/lora_ortho.pc @ONLY)
 install(FILES ${PROJECT_BINARY_DIR}/lora_ortho.pc DESTINATION ${CMAKE_INSTALL_LIBDIR}/pkgconfig)

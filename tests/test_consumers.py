@@ -19,6 +19,9 @@ SOURCES = [
 pytestmark = pytest.mark.xdist_group("consumers")  # one process installs
 
 
+GOLDEN = ROOT / "tests" / "golden" / "mask_stream.kat"
+
+
 @pytest.fixture(scope="module")
 def prefix(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`cmake --install` of the release build, then moved: nothing may remember where it was."""
@@ -45,7 +48,7 @@ def test_installed_files(prefix: Path) -> None:
     assert "RPATH" not in dynamic
     assert "RUNPATH" not in dynamic
     headers = {path.name for path in (prefix / "include" / "lora_ortho").iterdir()}
-    assert headers == {"lora_ortho.h", "mask_stream.h"}
+    assert headers == {"lora_ortho.h", "mask_stream.h", "cuda.h"}
     for text in [*prefix.rglob("*.cmake"), *prefix.rglob("*.pc")]:
         assert str(ROOT) not in text.read_text(encoding="utf-8")
 
@@ -62,7 +65,9 @@ def test_c_consumer_with_cmake(linkage: str, prefix: Path, tmp_path: Path) -> No
     folder = tmp_path / "build"
     run(["cmake", "-G", "Ninja", "-S", source, "-B", folder, f"-DCMAKE_PREFIX_PATH={prefix}"])
     run(["cmake", "--build", folder])
-    assert "largest difference from the formula" in run([folder / "c_consumer"])
+    said = run([folder / "c_consumer", GOLDEN])
+    assert re.search(r"^[1-9]\d+ known draws, 0 differ$", said, re.MULTILINE)
+    assert "largest difference from the formula and stored values" in said
     linked = "liblora_ortho" in run(["readelf", "-d", folder / "c_consumer"])
     assert linked == (linkage == "shared")
 
@@ -87,7 +92,34 @@ def test_cpp_consumer_with_pkg_config(prefix: Path, tmp_path: Path) -> None:
     assert f"-I{prefix}/" in " ".join(flags)
     program, source = tmp_path / "cpp_consumer", ROOT / "examples" / "cpp_consumer" / "main.cpp"
     run(["c++", "-std=c++17", "-Wall", "-Wextra", "-Werror", source, *flags, "-o", program])
-    assert "gradient of the gains" in run([program], variables={"LD_LIBRARY_PATH": str(libraries)})
+    said = run([program, GOLDEN], variables={"LD_LIBRARY_PATH": str(libraries)})
+    assert re.search(r"^[1-9]\d* known blocks of draws, 0 differ$", said, re.MULTILINE)
+    assert "gradient of the gains and stored values" in said
+
+
+def test_python_consumer_with_ctypes(prefix: Path) -> None:
+    program = ROOT / "examples" / "python_consumer" / "merge.py"
+    assert "import torch" not in program.read_text(encoding="utf-8")
+    said = run([sys.executable, program, libdir(prefix) / "liblora_ortho.so", GOLDEN])
+    assert re.search(r"^[1-9]\d+ known draws agree$", said, re.MULTILINE)
+    assert "from NumPy" in said
+
+
+def test_static_consumer_of_a_library_with_cuda(tmp_path: Path) -> None:
+    """find_package brings the static CUDA runtime; without a GPU the CPU half works on."""
+    if shutil.which("nvcc") is None:
+        pytest.skip("a library with CUDA kernels: nvcc is not installed")
+    run(["cmake", "--install", build("cuda"), "--prefix", tmp_path / "prefix"])
+    source = tmp_path / "source"
+    shutil.copytree(ROOT / "examples" / "c_consumer", source)
+    lists = source / "CMakeLists.txt"
+    text = lists.read_text(encoding="utf-8").replace("LANGUAGES C)", "LANGUAGES C CXX)")
+    lists.write_text(text.replace("lora_ortho::lora_ortho", "lora_ortho::static"), encoding="utf-8")
+    where = f"-DCMAKE_PREFIX_PATH={tmp_path / 'prefix'}"
+    run(["cmake", "-G", "Ninja", "-S", source, "-B", tmp_path / "build", where])
+    run(["cmake", "--build", tmp_path / "build"])
+    said = run([tmp_path / "build" / "c_consumer", GOLDEN])
+    assert "largest difference from the formula and stored values" in said
 
 
 # ---- the Python package
@@ -130,6 +162,7 @@ print("reference differs by", float((y - lora_ortho.fused_ortho_lora(
 
 def test_without_a_compiler(tmp_path: Path) -> None:
     variables = {"CC": "/bin/false", "CXX": "/bin/false", "LORA_ORTHO_REQUIRE_NATIVE": "0"}
+    variables["LORA_ORTHO_CUDA"] = "0"
     target = install(tmp_path, variables)
     output = (tmp_path / "output").read_text(encoding="utf-8")
     assert "WARNING: lora_ortho is installed WITHOUT its compiled CPU kernels" in output
@@ -141,18 +174,36 @@ def test_without_a_compiler(tmp_path: Path) -> None:
 
 def test_without_a_compiler_where_it_is_required(tmp_path: Path) -> None:
     variables = {"CC": "/bin/false", "CXX": "/bin/false", "LORA_ORTHO_REQUIRE_NATIVE": "1"}
+    variables["LORA_ORTHO_CUDA"] = "0"
     with pytest.raises(AssertionError, match="NativeBuildError: cmake ended with status 1"):
         install(tmp_path, variables)
 
 
+def test_a_broken_nvcc_does_not_stop_the_build(tmp_path: Path) -> None:
+    """The build goes on without CUDA; here it then ends for want of a C++ compiler."""
+    (tmp_path / "nvcc").write_text("#!/bin/sh\nexit 1\n", encoding="utf-8")
+    (tmp_path / "nvcc").chmod(0o755)
+    path = os.pathsep.join([str(tmp_path), os.environ["PATH"]])
+    broken = {"CC": "/bin/false", "CXX": "/bin/false", "CUDACXX": "", "PATH": path}
+    install(tmp_path, {**broken, "LORA_ORTHO_CUDA": "", "LORA_ORTHO_REQUIRE_NATIVE": "0"})
+    output = (tmp_path / "output").read_text(encoding="utf-8")
+    assert "WARNING: building without CUDA kernels, since cmake ended with status 1" in output
+    assert "WARNING: lora_ortho is installed WITHOUT its compiled CPU kernels" in output
+
+
 def test_wheel(tmp_path: Path) -> None:
-    target = install(tmp_path, {"LORA_ORTHO_REQUIRE_NATIVE": "1"})
+    """With CUDA kernels for one architecture where nvcc is; they need neither GPU nor libcudart."""
+    cuda = shutil.which("nvcc") is not None
+    print("CUDA kernels in the wheel:", "compiled" if cuda else "left out, nvcc is not installed")
+    chosen = {"LORA_ORTHO_CUDA": "1" if cuda else "0", "LORA_ORTHO_CUDA_ARCHITECTURES": "90-real"}
+    target = install(tmp_path, {"LORA_ORTHO_REQUIRE_NATIVE": "1", **chosen})
     assert (target / "lora_ortho" / "py.typed").exists()
     assert not (target / "lora_ortho" / "_C.py").exists()
     (extension,) = (target / "lora_ortho").glob("_C.*.so")
     dynamic = run(["readelf", "-d", extension])
     assert "PATH" not in dynamic
     assert "liblora_ortho" not in dynamic
+    assert "libcuda" not in dynamic
     code = """
 import lora_ortho.benchmarks
 import lora_ortho.triton_kernels
@@ -164,10 +215,15 @@ words = ["--quick", "--case", "16x64x96-2x4", "--dtype", "float32", "--only", "f
 assert lora_ortho.benchmarks.main(words + ["--only", "memory"]) == 0
 assert lora_ortho.__version__ == _C.version() == VERSION, (lora_ortho.__version__, _C.version())
 maps = open("/proc/self/maps").read().split()
+print("cuda:", lora_ortho.backends.available()["cuda"])
 print("libgomp:", len({word for word in maps if "libgomp" in word}))
 """
     (metadata,) = target.glob("lora_ortho-*.dist-info")
     version = metadata.name.removeprefix("lora_ortho-").removesuffix(".dist-info")
     said = python(target, code.replace("VERSION", repr(version)) + MERGE)
     assert "libgomp: 1\n" in said
+    reasons = (
+        ["None", "no NVIDIA GPU, or no driver for one"] if cuda else ["built without its CUDA"]
+    )
+    assert any(reason in said for reason in reasons)
     assert "reference differs by False" in said

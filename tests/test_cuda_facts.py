@@ -66,7 +66,9 @@ def test_instruction_budget() -> None:
         loop = expand_loop(fact.code)
         assert loop.elements == 32
         count = loop.per_element(3, full=True)
-        print(f"{fact.architecture}: {count:.2f} instructions per element, {fact.registers} registers")
+        print(
+            f"{fact.architecture}: {count:.2f} instructions per element, {fact.registers} registers"
+        )
         assert count <= BUDGET, (fact.architecture, count)
 
 
