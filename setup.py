@@ -4,9 +4,9 @@ The package works without its compiled part, so a build that fails is a warning,
 ``lora_ortho._C`` then raises ImportError with the reason. LORA_ORTHO_REQUIRE_NATIVE=1 in the
 environment makes it an error.
 
-LORA_ORTHO_CUDA says whether the CUDA kernels are compiled in: 1 yes, 0 no, unset where nvcc is found;
-then a failure leaves them out with a warning. LORA_ORTHO_CUDA_ARCHITECTURES names others than those of
-cmake/cuda.cmake.
+LORA_ORTHO_CUDA says whether the CUDA kernels are compiled in: 1 yes, 0 no, unset where nvcc is
+found; then a failure leaves them out with a warning. LORA_ORTHO_CUDA_ARCHITECTURES names others
+than those of cmake/cuda.cmake.
 """
 
 from __future__ import annotations
@@ -86,6 +86,7 @@ def cmake_build_with(folder: Path, output_dir: Path, *, cuda: bool) -> None:
     except ImportError:
         raise NativeBuildError("pybind11 was not found (pip install pybind11)") from None
     cmake, ninja = find_tool("cmake"), find_tool("ninja")
+    architectures = os.environ.get("LORA_ORTHO_CUDA_ARCHITECTURES", "")
     folder.mkdir(parents=True, exist_ok=True)
     # Another build environment may have left its paths; objects that still fit are kept.
     (folder / "CMakeCache.txt").unlink(missing_ok=True)
@@ -105,7 +106,7 @@ def cmake_build_with(folder: Path, output_dir: Path, *, cuda: bool) -> None:
             "-DCMAKE_BUILD_TYPE=Release",
             "-DLORA_ORTHO_BUILD_PYTHON=ON",
             f"-DLORA_ORTHO_CUDA={'ON' if cuda else 'OFF'}",
-            f"-DLORA_ORTHO_CUDA_ARCHITECTURES={os.environ.get('LORA_ORTHO_CUDA_ARCHITECTURES', '')}",
+            f"-DLORA_ORTHO_CUDA_ARCHITECTURES={architectures}",
             "-DLORA_ORTHO_BUILD_SHARED=OFF",
             "-DLORA_ORTHO_BUILD_STATIC=OFF",
         ]

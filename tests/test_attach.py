@@ -332,7 +332,7 @@ def test_functional_call_reaches_the_parameters() -> None:
 def test_compiles_without_a_graph_break() -> None:
     model = make()
     with attach(model, seed=3):
-        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        compiled: Any = torch.compile(model, fullgraph=True, backend="aot_eager")
         ours = compiled(X)
         ours.square().sum().backward()
         found = {name: parameter.grad for name, parameter in model.named_parameters()}

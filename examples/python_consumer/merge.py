@@ -127,7 +127,8 @@ def main() -> None:
 
     def numbers(rows: int, cols: int, seed: int) -> np.ndarray:
         values = draws(library, seed, 0, range(rows * cols), 0, 0, 0)
-        return (values / np.float32(32768) - 1).astype(np.float32).reshape(rows, cols)
+        centred: np.ndarray = (values / np.float32(32768) - 1).astype(np.float32)
+        return centred.reshape(rows, cols)
 
     A = [numbers(RANK, D_IN, 10 + j) for j in range(2)]
     B = [numbers(RANK, D_OUT, 20 + j).T for j in range(2)]  # strided
