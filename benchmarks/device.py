@@ -111,6 +111,10 @@ class Device(ABC):
         """For the calls of one contender, a call for each buffer set."""
 
     @abstractmethod
+    def latency(self, call: Call) -> Stopwatch:
+        """For one call, from its beginning on this processor until its result is there."""
+
+    @abstractmethod
     def sets(self, bytes_of_one: int) -> int:
         """How many buffer sets make a rotation cold."""
 
@@ -131,6 +135,9 @@ class Host(Device):
 
     def stopwatch(self, calls: Sequence[Call]) -> Stopwatch:
         return _HostStopwatch(calls)
+
+    def latency(self, call: Call) -> Stopwatch:
+        return _HostStopwatch([call])
 
     def sets(self, bytes_of_one: int) -> int:
         return 1
@@ -165,6 +172,13 @@ class Cuda(Device):
 
     def stopwatch(self, calls: Sequence[Call]) -> Stopwatch:
         return _CudaStopwatch(calls)
+
+    def latency(self, call: Call) -> Stopwatch:
+        def to_the_end() -> None:
+            call()
+            torch.cuda.synchronize()
+
+        return _HostStopwatch([to_the_end])
 
     def sets(self, bytes_of_one: int) -> int:
         cache = int(getattr(self._properties, "L2_cache_size", 0)) or 64 << 20

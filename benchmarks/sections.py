@@ -17,7 +17,7 @@ from . import checks, floors, memory, peers
 from .bench import Bench, Check, Contender, compare, head, seconds_of, time_calls
 from .cases import SEED, Case, Inputs
 from .device import Call
-from .harness import Effort
+from .harness import Effort, measure
 from .record import Row
 from .scaling import AXES, THREADS_CASE, thread_counts
 
@@ -240,7 +240,10 @@ def samples(bench: Bench, case: Case, dtype: str, effort: Effort) -> Row:
 
 
 def overhead(bench: Bench, case: Case, dtype: str, effort: Effort) -> Row:
-    """From call to result: the kernels alone, the prepared call, the public op, direct."""
+    """From call to result: the prepared call, the public op, direct; and the kernels alone.
+
+    Those are the extension's own call on a processor, a replayed graph on a GPU.
+    """
     inputs = bench.inputs(case, dtype)
     x, base = inputs.x, inputs.base
     prepared = PackedAdapters(inputs.lora_A, inputs.lora_B, inputs.dtype, backend=bench.backend)
@@ -255,10 +258,13 @@ def overhead(bench: Bench, case: Case, dtype: str, effort: Effort) -> Row:
         "public": public,
         "direct": peers.direct(inputs),
     }
-    if bench.backend == "cpu":
-        calls["kernels"] = _kernels(inputs, prepared)
     with torch.no_grad():
-        times = time_calls(bench, calls, effort)
+        watches = {name: bench.device.latency(call) for name, call in calls.items()}
+        if bench.backend == "cpu":
+            watches["kernels"] = bench.device.latency(_kernels(inputs, prepared))
+        elif bench.device.label != "cpu":
+            watches["kernels"] = bench.device.stopwatch([calls["prepared"]])
+        times = measure(watches, effort)
     return head(bench, case, dtype) | seconds_of(times)
 
 

@@ -115,8 +115,8 @@ def _of_case(
 
 
 def _once(section: str, own: tuple[Case, ...]) -> Case:
-    """The one case at which a section measures."""
-    return _ONCE[section] if _ONCE[section] in own else own[-1]
+    """The one case at which a section measures; in a rehearsal the first."""
+    return next((case for case in (_ONCE[section], WHOLE_LAYER) if case in own), own[0])
 
 
 def _beyond_cases(
