@@ -18,7 +18,7 @@ from .cases import (
     Case,
 )
 from .floors import Work
-from .record import Result, Row
+from .record import SECTIONS, Result, Row
 
 _MIB = 2**20
 
@@ -96,9 +96,8 @@ def shown_cases(result: Result) -> list[Case]:
 
 def views(result: Result) -> list[View]:
     """The columns of a result: of a processor every dtype, else what was measured."""
-    found = {
-        (row["dtype"], row["backend"]): None for row in result["forward"] + result["backward"]
-    }
+    rows = (row for section in SECTIONS if section != "model" for row in result[section])
+    found = dict.fromkeys((row["dtype"], row["backend"]) for row in rows)
     if is_cpu(result):
         backends = list(dict.fromkeys(backend for _, backend in found)) or ["cpu"]
         return [View(result, dtype, backend) for backend in backends for dtype in DTYPES]
