@@ -19,7 +19,7 @@ import lora_ortho
 from lora_ortho import backends, diagnostics, doctor
 from lora_ortho.backends import cpu
 from lora_ortho.cli import console, main
-from lora_ortho.cli.heat_map import place
+from lora_ortho.cli.heat_map import _short, place
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -85,6 +85,19 @@ def test_inspect_names_by_path(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert "given twice" in fails(capsys, 1, "inspect", paths[0], paths[0])
 
 
+def test_inspect_names_of_files(
+    folders: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    factors = {f"unet.a.lora_{f}.weight": torch.ones(2, 2) for f in "AB"}
+    for name in ("one", "three"):
+        save_file(factors, tmp_path / f"{name}.safetensors")
+    files = [str(tmp_path / f"{name}.safetensors") for name in ("one", "three")]
+    assert main(["inspect", *files]) == 0
+    assert "one & three" in capsys.readouterr().out
+    assert main(["inspect", folders[0], *files]) == 0
+    assert "one.safetensors & three.safetensors" in capsys.readouterr().out
+
+
 def test_inspect_one_adapter(folders: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inspect", folders[0]]) == 0
     assert "one adapter: any dropout rate" in capsys.readouterr().out
@@ -135,6 +148,12 @@ def test_place_of_a_layer(layer: str, wanted: tuple[str, str]) -> None:
         assert (block, part) == ("down_blocks.1.attentions.0", "to_out.0")
     else:
         assert (block, part) == wanted
+
+
+def test_blocks_are_labelled_shortly() -> None:
+    assert _short(["model.layers.0", "model.layers.12"]) == ["0", "12"]
+    blocks = ["unet.mid_block.attentions.0", "unet.up_blocks.1.attentions.2.transformer_blocks.0"]
+    assert _short(blocks) == ["mid_block.0", "up_blocks.1.2.0"]
 
 
 def test_refused_files_are_one_line(

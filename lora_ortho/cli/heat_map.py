@@ -23,6 +23,7 @@ except ImportError as error:
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+_LABEL = 16  # characters below which a block keeps its whole name
 _PANELS = 6  # pairs drawn layer by layer; the rest is in the matrix
 _COLOURS = "magma_r"
 _STYLE = {
@@ -104,7 +105,7 @@ def _matrix(
         for a, b in ((one, two), (two, one)):
             i, j = names.index(a), names.index(b)
             values[i][j] = mean
-            colour = "white" if mean > 0.6 * top else "black"
+            colour = "white" if mean > 0.45 * top else "black"
             axes.text(j, i, f"{mean:.3f}\n({chance:.3f})", ha="center", va="center", fontsize=8.5,
                       color=colour)  # fmt: skip
     axes.imshow(values, cmap=_COLOURS, vmin=0, vmax=top)
@@ -126,7 +127,8 @@ def _layers(
     axes.set_yticks(range(len(parts)), map(_literal, parts), fontsize=8)
     step = max(1, len(blocks) // 12)
     labels = _short(blocks)
-    axes.set_xticks(range(0, len(blocks), step), labels[::step], fontsize=8)
+    tilt = {"rotation": 45, "ha": "right"} if max(map(len, labels)) > 4 else {}
+    axes.set_xticks(range(0, len(blocks), step), labels[::step], fontsize=8, **cast(Any, tilt))
     return image
 
 
@@ -136,9 +138,17 @@ def _literal(name: str) -> str:
 
 
 def _short(blocks: Sequence[str]) -> list[str]:
-    """Block names without what all of them begin with, by whole components."""
+    """Block names without what all begin with, and of long ones the first word and the numbers."""
     split = [block.split(".") for block in blocks]
     shared = 0
     while all(len(parts) > shared + 1 for parts in split) and len({p[shared] for p in split}) == 1:
         shared += 1
-    return [".".join(parts[shared:]) for parts in split]
+    rests = [parts[shared:] for parts in split]
+    return [
+        ".".join(
+            part
+            for place, part in enumerate(parts)
+            if place == 0 or part.isdigit() or len(".".join(parts)) <= _LABEL
+        )
+        for parts in rests
+    ]

@@ -89,10 +89,12 @@ def _load(paths: Sequence[str], base: str | None, progress: Progress) -> list[Lo
         depth += 1
     config = MergeConfig((), pipe_id=base, device="cpu")
     model = None if base is None else load_base(config, progress)
+    names = ["/".join(path.parts[-depth:]) for path in resolved]
+    short = [name.removesuffix(".safetensors") for name in names]
     adapters = []
-    for path, where in zip(paths, resolved, strict=True):
+    for path, name in zip(paths, short if len(set(short)) == len(short) else names, strict=True):
         progress(f"reading {path}")
-        adapters.append(load_adapter(path, model, name="/".join(where.parts[-depth:])))
+        adapters.append(load_adapter(path, model, name=name))
     return adapters
 
 
