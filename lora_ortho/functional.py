@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -122,14 +123,27 @@ def _gains(rule: Rule, weights: Sequence[float] | Tensor | None, x: Tensor) -> T
     if not isinstance(weights, Tensor):
         numbers = finite_numbers("weights", weights, count)
         gains = [w * g for w, g in zip(numbers, rule.gains, strict=True)]
-        return torch.tensor(gains, dtype=dtype, device=x.device)
+        return _constants(tuple(gains), dtype, x)
     if weights.dtype not in DTYPES:
         raise TypeError(f"weights must be a floating point tensor, got {weights.dtype}")
     if weights.shape != (count,):
         raise ValueError(f"weights must have shape ({count},), got {tuple(weights.shape)}")
     if weights.device != x.device:
         raise ValueError(f"weights must be on the device of x, {x.device}, got {weights.device}")
-    return weights.to(dtype) * torch.tensor(rule.gains, dtype=dtype, device=x.device)
+    return weights.to(dtype) * _constants(rule.gains, dtype, x)
+
+
+def _constants(values: tuple[float, ...], dtype: torch.dtype, x: Tensor) -> Tensor:
+    """Numbers on the device of x, sent there once: a copy from the host ends a graph's capture."""
+    if x.is_cuda and ops.all_plain((x,)):
+        return _on_device(values, dtype, x.device)
+    return torch.tensor(values, dtype=dtype, device=x.device)
+
+
+@functools.lru_cache(maxsize=1024)
+def _on_device(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.tensor(values, dtype=dtype, device=device)
 
 
 def _seed(seed: int | Tensor, device: torch.device) -> Tensor:

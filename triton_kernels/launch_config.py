@@ -11,8 +11,8 @@ from dataclasses import dataclass
 INTERPRETER = "interpreter"
 MIN_WIDTH = 16  # the smallest side of a tensor-core product
 MAX_RANK = 256
-HOISTED_ADAPTERS = 4
-HOISTED_WIDTH = 32
+HOISTED_ADAPTERS = 3
+HOISTED_COLUMNS = 64
 
 
 @dataclass(frozen=True)
@@ -75,23 +75,28 @@ def _ceil(a: int, b: int) -> int:
 
 def forward(gpu: Gpu, merge: Merge) -> Forward:
     """The tiles of the forward kernel."""
-    hoist = merge.adapters <= HOISTED_ADAPTERS and merge.width <= HOISTED_WIDTH
-    chunk = min(merge.width, 32)
-    block_m, block_n, warps = _forward_tile(gpu.arch, merge.itemsize)
-    registers = 168 if hoist and gpu.arch == "sm_90" and merge.itemsize == 2 else None
+    columns = merge.adapters * merge.width
+    half = merge.itemsize == 2
+    hoist = half and merge.adapters <= HOISTED_ADAPTERS and columns <= HOISTED_COLUMNS
+    chunk = min(merge.width, 32 if half else 16)
+    block_m, block_n, warps = _forward_tile(gpu.arch, merge)
+    registers = 168 if hoist and gpu.arch == "sm_90" else None
     rows = _ceil(merge.tokens, block_m)
-    columns = _ceil(merge.d_out, block_n)
+    tiles = _ceil(merge.d_out, block_n)
     # as many tiles a program as leave two programs for each multiprocessor
-    tiles = min(8, columns, max(1, rows * columns // (2 * gpu.multiprocessors)))
+    tiles = min(8, tiles, max(1, rows * tiles // (2 * gpu.multiprocessors)))
     return Forward(block_m, block_n, tiles, chunk, hoist, warps, registers)
 
 
-def _forward_tile(arch: str, itemsize: int) -> tuple[int, int, int]:
+def _forward_tile(arch: str, merge: Merge) -> tuple[int, int, int]:
+    """Rows, columns and warps: what does not spill, in the fewest instructions an element."""
     if arch == INTERPRETER:  # whose time goes with the number of programs
         return 32, 128, 1
-    if itemsize == 4:
-        return 32, 64, 4
+    if merge.itemsize == 4:
+        return 32, 32, 4
     if arch.startswith("sm_10"):  # 64 rows would take the way through tensor memory: 29 to 20
+        return 32, 64, 4
+    if arch != "sm_90" and merge.width > 64:
         return 32, 64, 4
     return 64, 64, 4
 
