@@ -130,3 +130,15 @@ def test_autocast_leaves_the_products_alone() -> None:
         inside = run(fused_ortho_lora, tensors, seed=3, backend="triton")
     assert torch.equal(outside.y, inside.y)
     assert all(torch.equal(a, b) for a, b in zip(outside.lora_A, inside.lora_A, strict=True))
+
+
+def test_the_output_is_rounded_once() -> None:
+    """1 + 2**-8 + 2**-17 lies just above the middle between two bfloat16 numbers; neither the sum
+    of the last two nor that of the first two shows it once it is rounded."""
+    ones = torch.ones(1, 1, dtype=torch.bfloat16)
+    lora_B = [torch.full((20, 1), 2.0**e, dtype=torch.bfloat16) for e in (-8, -17)]
+    y = fused_ortho_lora(
+        ones, [ones, ones], lora_B, method="direct", base=ones.expand(1, 20), seed=0,
+        backend="triton",
+    )  # fmt: skip
+    assert torch.equal(y, torch.full((1, 20), 1 + 2.0**-7, dtype=torch.bfloat16))
