@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import KINDS, NAMES, SUBJECTS, Subject, adapted
+from models import KINDS, SUBJECTS, Subject, adapted
 from safetensors import safe_open
 from test_adapters_images import kohya, write
 from test_attach import Small, X, layer, make
@@ -24,7 +24,7 @@ from lora_ortho.adapters import adapters_of
 peft = pytest.importorskip("peft", reason="PEFT is not installed: nothing to export for")
 
 
-@pytest.fixture(params=NAMES)
+@pytest.fixture
 def subject(request: pytest.FixtureRequest) -> Subject:
     return SUBJECTS[request.param]
 
@@ -41,11 +41,16 @@ def close(ours: Tensor, theirs: Tensor, relative: float = 1e-9) -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("kind", [*KINDS, "all"])
+@pytest.mark.parametrize(
+    ("subject", "kind"),
+    [
+        pytest.param("smollm", "all", marks=pytest.mark.xdist_group("smollm")),
+        *((name, kind) for name in ("llama", "gpt2", "unet", "flux") for kind in [*KINDS, "all"]),
+    ],
+    indirect=["subject"],
+)
 def test_direct_runs_as_the_merge_did(tmp_path: Path, subject: Subject, kind: str) -> None:
     """rsLoRA, unequal ranks, patterns, biases, convolutions, Conv1D; in PEFT and here."""
-    if subject is SUBJECTS["smollm"] and kind != "all":
-        pytest.skip("the real model runs once, with all kinds of adapters together")
     kinds = [*KINDS] if kind == "all" else [kind]
     model = adapted(subject, *kinds)
     weights = [0.5 + 0.25 * j for j in range(len(kinds))]
