@@ -147,6 +147,31 @@ def environment(folder: Path) -> Path:
     return folder / "bin" / "python"
 
 
+def build_variables(rehearsal: bool) -> dict[str, str]:
+    """How setup.py is to build: for this GPU alone, and in a rehearsal without CUDA.
+
+    What cannot be compiled is left out with a warning; the stage after this one says so.
+    """
+    variables = {"LORA_ORTHO_REQUIRE_NATIVE": "0"}
+    if rehearsal:
+        return variables | {"LORA_ORTHO_CUDA": "0"}
+    command = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return variables
+    found = architecture(done.stdout.split("\n", 1)[0])
+    return variables if found is None else variables | {"LORA_ORTHO_CUDA_ARCHITECTURES": found}
+
+
+def architecture(capability: str) -> str | None:
+    """What CMake calls a GPU of a capability such as "9.0"; None where that is no capability."""
+    digits = capability.strip().replace(".", "")
+    if not digits.isdigit():
+        return None
+    return "90a-real" if digits == "90" else f"{digits}-real"  # 9.0 has instructions of its own
+
+
 _DOCTOR = """
 import json, torch, lora_ortho.backends as b
 gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
@@ -256,7 +281,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         python = environment(WORK / "venv")
         install: list[str | Path] = [python, "-m", "pip", "install", "--no-build-isolation"]
         install += ["--no-deps", "-e", "."]
-        run.stage("build", install, 150, {"LORA_ORTHO_REQUIRE_NATIVE": "0"})
+        run.stage("build", install, 150, build_variables(run.rehearsal))
     found = _look(run, python)
     if found["gpu"] is None and not run.rehearsal:
         print("error: torch sees no GPU here; LORA_ORTHO_GPU_REHEARSAL=1 rehearses without one")

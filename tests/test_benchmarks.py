@@ -406,6 +406,16 @@ def test_a_gpu_run_without_a_gpu_says_so(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_gpu_run_builds_for_that_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = [gpu.architecture(text) for text in ("8.0", "9.0\n", "12.0", "[N/A]", "")]
+    assert found == ["80-real", "90a-real", "120-real", None, None]
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho 9.0\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    assert gpu.build_variables(False)["LORA_ORTHO_CUDA_ARCHITECTURES"] == "90a-real"
+    assert gpu.build_variables(True)["LORA_ORTHO_CUDA"] == "0"
+
+
 def test_environment_of_a_gpu_run_sees_this_one(tmp_path: Path) -> None:
     python = gpu.environment(tmp_path / "venv")
     code = "import sys, torch; print(sys.prefix); print(torch.__version__)"
