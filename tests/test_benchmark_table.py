@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import pictures, record
-from benchmarks.cases import CPU_CASES, DTYPES
+from benchmarks import floors, pictures, record
+from benchmarks.cases import CPU_CASES, DTYPES, GPU_CASES
 from benchmarks.table import blocks, report, update
 from benchmarks.targets import View, targets_of, views
 
@@ -104,6 +104,44 @@ def synthetic() -> record.Result:
         row = {**head, "case": f"{tokens}x1024x1024-3x16", "forward": 1 << 20}
         result["memory"] += [{**row, "contender": name} for name in ("ours", "direct", "paper")]
     return result
+
+
+def synthetic_gpu() -> record.Result:
+    """What a GPU run of two backends gives, in small."""
+    result = record.empty()
+    words = {"gpu": "NVIDIA Test", "cuda": "13.0", "driver": "1", "capability": "9.0"}
+    card = {**words, "multiprocessors": 132, "clock_mhz": 1980}
+    result["kind"], result["machine"] = "gpu-nvidia-test", {**result["machine"], **card}
+    graph = {"launch": {"ours": "graph", "direct": "graph"}, "sets": 2}
+    rates = {"copy_bytes_per_second": 4e12, "matmul_operations_per_second": 8e14}
+    for backend, speed in (("triton", 1e-4), ("cuda", 8e-5)):
+        own = {"dtype": "bfloat16", "backend": backend}
+        result["ceilings"].append({"case": "1x1x1-1x1", **own, **rates})
+        for case in GPU_CASES:
+            for section in ("forward", "backward", "expand"):
+                work = getattr(floors, section)(case, "bfloat16")._asdict()
+                result[section].append(_point(str(case), speed, **own, **work, **graph))
+    return result
+
+
+def test_a_gpu_has_its_own_targets_and_a_column_for_each_backend(tmp_path: Path) -> None:
+    result = synthetic_gpu()
+    text = report(result)
+    assert "NVIDIA Test, CUDA 13.0" in text
+    head = "| figure | target | triton, bfloat16 | cuda, bfloat16 |"
+    assert head in text
+    assert "| forward ÷ direct, geometric mean | ≤ 0.80 | 0.00 met | 0.00 met |" in text
+    # 8192 x 4096 elements, read and written, and little else, in 100 us and 80 us at 4e12 bytes/s
+    assert "share of copy bandwidth | ≥ 0.90 | **0.34 missed** | **0.42 missed** |" in text
+    assert "instructions an element" in text
+    result["forward"][0]["launch"]["ours"] = "no graph: why"
+    assert "not replayed from a graph" in report(result)
+    figures = pytest.importorskip("benchmarks.figures", reason="needs matplotlib")
+    for name, data in pictures.present(result).items():
+        path = tmp_path / pictures.path_of(result, name, "dark").name
+        assert path.name.startswith("bench_gpu_")
+        figures.draw(name, data, "dark", path)
+        assert path.stat().st_size > 1000
 
 
 def test_every_picture_is_drawn_and_carries_its_hash(tmp_path: Path) -> None:
