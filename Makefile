@@ -41,8 +41,8 @@ test: lint
 
 # The adapters' tests with the oldest supported PEFT; `make test` has the newest.
 compat: $(VENV)-oldest/stamp
-	$(VENV)-oldest/bin/python -m pytest tests/test_attach.py tests/test_attach_models.py \
-		tests/test_export.py tests/test_export_fold.py $(wildcard tests/test_adapters_*.py)
+	$(VENV)-oldest/bin/python -m pytest \
+		$(wildcard tests/test_attach*.py tests/test_export*.py tests/test_adapters_*.py)
 
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check $(wildcard $(CHECKED))

@@ -64,3 +64,23 @@ def small_model() -> nn.Module:
     model.a, model.b = nn.Linear(3, 4), nn.Module()
     model.b.c = nn.Linear(4, 5)
     return model
+
+
+def write_file(path: Path, tensors: dict[str, Tensor], **metadata: str) -> Path:
+    """A safetensors file, with metadata where some is given."""
+    save_file({k: v.contiguous() for k, v in tensors.items()}, path, metadata or None)
+    return path
+
+
+def refused_file(
+    path: Path, *parts: str, key: str | None = None, model: Any = None, **arguments: Any
+) -> None:
+    """load_adapter must refuse a single file, with every part in its message."""
+    with pytest.raises(AdapterFileError) as caught:
+        load_adapter(path, model, **arguments)
+    message = str(caught.value)
+    assert message.startswith(str(path))
+    for part in parts:
+        assert part in message, message
+    if key is not None:
+        assert caught.value.key == key, message

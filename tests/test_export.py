@@ -11,10 +11,11 @@ from typing import Any
 
 import pytest
 import torch
+from adapter_files import write_file
 from models import KINDS, SUBJECTS, Subject, adapted
+from peft_models import Small, X, layer, make
 from safetensors import safe_open
-from test_adapters_images import kohya, write
-from test_attach import Small, X, layer, make
+from test_adapters_images import kohya
 from torch import Tensor, nn
 
 import lora_ortho
@@ -110,7 +111,7 @@ def test_loaded_adapters_of_several_layouts(tmp_path: Path) -> None:
     model = adapted(subject, "patterns", "rslora")
     expected = subject.run(model)
     adapted(subject, "patterns").save_pretrained(tmp_path)
-    file = write(tmp_path / "k.safetensors", kohya(model, "rslora"))
+    file = write_file(tmp_path / "k.safetensors", kohya(model, "rslora"))
     bare = subject.make()
     loaded = [load_adapter(path, bare) for path in (tmp_path / "patterns", file)]
     export(loaded, tmp_path / "x", model=bare)
