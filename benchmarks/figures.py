@@ -75,6 +75,11 @@ def _case(case: Sequence[int]) -> str:
     return f"{t:>4} × {d_in:>4} × {d_out:>5}  K {count:>2} r {rank:>2}"
 
 
+def _number(value: float) -> str:
+    """Without an exponent."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.2g}"
+
+
 def _plain(axis: Any, values: Sequence[float], text: str = "{:g}") -> None:
     """Ticks at these values and no others, as plain numbers."""
     axis.set_major_locator(matplotlib.ticker.FixedLocator(list(values)))
@@ -120,8 +125,9 @@ def ratio(data: Data, theme: Theme) -> Figure:
                    ls="", label=column["title"])
         for j, column in enumerate(columns)
     ]  # fmt: skip
-    figure.legend(handles=handles, ncol=2, loc="upper left", fontsize=9.5, columnspacing=1.0,
-                  handletextpad=0.1)  # fmt: skip
+    short = sum(len(column["title"]) for column in columns) < 20  # beside each other, or stacked
+    figure.legend(handles=handles, ncol=len(columns) if short else 1, loc="upper left",
+                  fontsize=9.5, columnspacing=1.0, handletextpad=0.1, labelspacing=0.2)  # fmt: skip
     return figure
 
 
@@ -143,7 +149,7 @@ def _lines(axes: Axes, lines: dict[str, dict[str, float]], theme: Theme, least: 
     sizes = sorted({int(n) for points in lines.values() for n in points})
     axes.set(xscale="log", yscale="log", xlim=(sizes[0] / 1.15, sizes[-1] * 1.6))
     _plain(axes.xaxis, sizes, "{:.0f}")
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: _number(v)))
     axes.yaxis.set_minor_locator(NullLocator())
 
 
@@ -191,10 +197,10 @@ def roofline(data: Data, theme: Theme) -> Figure:
                       label=name, zorder=3)  # fmt: skip
         axes.set(xscale="log", yscale="log", xlim=(low, high), title=column["title"],
                  xlabel="operations per byte that must move")  # fmt: skip
-        rates = f"copy {copy / 1e9:.3g} GB/s, matrix product {matmul / 1e12:.2g} TFLOP/s"
+        rates = f"copy {_number(copy / 1e9)} GB/s, matrix product {_number(matmul / 1e12)} TFLOP/s"
         axes.text(0.02, 0.95, rates, transform=axes.transAxes, fontsize=8.5)
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: _number(v)))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: _number(v)))
         axes.xaxis.set_minor_locator(NullLocator())
         axes.yaxis.set_minor_locator(NullLocator())
     panels[0][0].set_ylim(top=1.8 * max(c["ceilings"][1] for c in columns) / 1e9)

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from .record import Result
+from .scaling import MEMORY_TOKENS
 from .targets import NotMeasured, View, cases_of, shown_cases, views
-from .tasks import MEMORY_TOKENS
 
 IMAGES = Path("docs/images")
 THEMES = ("light", "dark")

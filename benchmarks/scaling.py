@@ -44,6 +44,8 @@ AXES = {
     )
 }
 THREADS_CASE = _BASE._replace(tokens=1024)
+# Memory against tokens.
+MEMORY_TOKENS = tuple(Case(n, 1024, 1024, 3, 16) for n in (256, 1024, 4096, 16384))
 
 
 def thread_counts(most: int) -> list[int]:

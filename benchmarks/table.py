@@ -20,7 +20,7 @@ from .cases import LARGE, ONE_TOKEN, Case
 from .harness import DISTURBED
 from .instructions import bound, per_element
 from .record import Result
-from .scaling import AXES, fit
+from .scaling import AXES, MEMORY_TOKENS, fit
 from .targets import (
     EXPANDED,
     NotMeasured,
@@ -126,7 +126,8 @@ def _details(result: Result) -> str:
     """What fits in no table: ceilings, overhead, memory, samples, growth, models; a line each."""
     lines: list[str] = []
     for view in views(result):
-        for part in (_ceilings, _issue, _overhead, _peers_memory, _samples, _growth):
+        parts = (_ceilings, _issue, _overhead, _peers_memory, _tokens_memory, _samples, _growth)
+        for part in parts:
             try:
                 lines += part(view)
             except NotMeasured:
@@ -185,6 +186,23 @@ def _peers_memory(view: View) -> list[str]:
             found.append(f"{contender} {max(0.0, row['forward'] / _MIB):.1f} MiB")
     size = " × ".join(map(str, LARGE[:3]))
     return [f"Memory of one forward beyond output and s, {size}, {view.title}: {', '.join(found)}."]
+
+
+def _tokens_memory(view: View) -> list[str]:
+    """Ours against tokens, in both directions: what grows with them would show here."""
+    rows = [view.find("memory", case, "ours") for case in MEMORY_TOKENS]
+    if any(name not in row for row in rows for name in ("forward", "backward")):
+        raise NotMeasured("")
+    spans = {
+        name: ", ".join(f"{max(0, row[name]) / _MIB:.1f}" for row in rows)
+        for name in ("forward", "backward")
+    }
+    case, tokens = MEMORY_TOKENS[0], ", ".join(str(case.tokens) for case in MEMORY_TOKENS)
+    return [
+        f"Memory of ours beyond inputs and results, {case.d_in} × {case.d_out}, K = "
+        f"{case.adapters}, r = {case.rank}, {view.title}, at {tokens} tokens: forward "
+        f"{spans['forward']} MiB; backward {spans['backward']} MiB."
+    ]
 
 
 def _samples(view: View) -> list[str]:

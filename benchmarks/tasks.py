@@ -19,13 +19,11 @@ from .cases import (
 )
 from .harness import Effort
 from .record import Row
-from .scaling import AXES, THREADS_CASE
+from .scaling import AXES, MEMORY_TOKENS, THREADS_CASE
 from .targets import EXPANDED, WHOLE_LAYER
 
 _CASES = {"cpu": CPU_CASES, "gpu": GPU_CASES, "rehearsal": TINY_CASES}
 _MEMORY_PEERS = ("direct", "paper", "categorical")  # beside ours, at the largest case
-# Memory against tokens: what a picture shows.
-MEMORY_TOKENS = tuple(Case(n, 1024, 1024, 3, 16) for n in (256, 1024, 4096, 16384))
 _SAMPLED = CPU_CASES[2]
 _SKIPPED = {
     "quick": ("scaling", "model"),
