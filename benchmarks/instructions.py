@@ -12,7 +12,6 @@ from typing import Any
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 LANES = 4 * 32  # instructions that a multiprocessor issues at once, in threads
-_SHORT = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 
 
 def per_element(backend: str, capability: str, dtype: str, docs: Path = DOCS) -> float | None:
@@ -35,7 +34,7 @@ def _triton(rows: list[list[str]], arch: str, dtype: str) -> float | None:
     for row in rows:
         if "K × r" in row:
             column = row.index(arch) if arch in row else None
-        elif column is not None and row[1:4] == [_SHORT[dtype], "orthogonal", "3 × 16"]:
+        elif column is not None and row[1:4] == [dtype, "orthogonal", "3 × 16"]:
             found = re.fullmatch(r"\d+, (\d+(?:\.\d+)?)", row[column])
             if found and "forward" in row[0]:
                 return float(found[1])
