@@ -161,6 +161,8 @@ def _check(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> No
         parser.error("--append needs --json PATH")
     if arguments.save and (arguments.json or arguments.append):
         parser.error("--save chooses its own file: no --json and no --append with it")
+    if arguments.save and not record.RESULTS.is_dir():
+        parser.error(f"--save is for a source checkout: there is no folder {record.RESULTS}")
     if on_disk and path is not None and path.exists() and not (arguments.append or arguments.force):
         parser.error(f"{path} exists; --append adds to it, --force replaces it")
     plot: Path | None = arguments.plot

@@ -167,6 +167,19 @@ def test_wrong_usage(arguments: list[str]) -> None:
     assert error.value.code == 2
 
 
+def test_results_are_saved_in_a_source_checkout_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(record, "RESULTS", tmp_path / "results")
+    words = ["--quick", "--case", str(SMALL), "--dtype", "float32", "--only", "forward", "--save"]
+    with pytest.raises(SystemExit):
+        main(words)
+    record.RESULTS.mkdir()
+    assert main(words) == 0
+    (path,) = record.RESULTS.iterdir()
+    assert path.stem == record.load(path)["kind"]
+
+
 def test_existing_file_is_not_overwritten(tmp_path: Path) -> None:
     path = tmp_path / "result.json"
     path.write_text("mine")
