@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import floors, pictures, record
-from benchmarks.cases import CPU_CASES, DTYPES, GPU_CASES
+from benchmarks.cases import CPU_CASES, DTYPES, GPU_CASES, TINY_CASES
 from benchmarks.table import blocks, report, update
 from benchmarks.targets import View, targets_of, views
 
@@ -142,6 +142,18 @@ def test_a_gpu_has_its_own_targets_and_a_column_for_each_backend(tmp_path: Path)
         assert path.name.startswith("bench_gpu_")
         figures.draw(name, data, "dark", path)
         assert path.stat().st_size > 1000
+
+
+def test_a_rehearsal_meets_and_misses_nothing() -> None:
+    result = record.empty()
+    result["kind"] = "rehearsal-here"
+    own = {"dtype": "bfloat16", "backend": "triton"}
+    result["forward"] = [_point(str(case), 1.0, **own) for case in TINY_CASES]
+    text = report(result)
+    assert text.startswith("REHEARSAL")
+    assert "| forward ÷ direct, geometric mean | ≤ 0.80 | 0.50 rehearsed |" in text
+    assert " met" not in text
+    assert "missed" not in text
 
 
 def test_every_picture_is_drawn_and_carries_its_hash(tmp_path: Path) -> None:
