@@ -84,8 +84,8 @@ public:
     }
 
     void backward(const py::tuple& grad, const py::tuple& x, Address s, Address dx, Address dA,
-                  Address dB, const std::string& factor_dtype, Address dgains, std::int64_t tokens, Address gains,
-                  const py::int_& seed, std::uint32_t stream, std::uint32_t sample,
+                  Address dB, const std::string& factor_dtype, Address dgains, std::int64_t tokens,
+                  Address gains, const py::int_& seed, std::uint32_t stream, std::uint32_t sample,
                   std::int64_t row_offset, std::int64_t col_offset, std::int32_t threads) const {
         const lora_ortho_call call =
             as_call(tokens, gains, seed, stream, sample, row_offset, col_offset, threads);
@@ -98,8 +98,8 @@ public:
         const AlignedBuffer workspace = allocate(needed);
         require(lora_ortho_backward(buffer_.get(), bytes_, &call, &grad_matrix, &x_matrix,
                                     as_pointer(s), as_pointer(dx), as_pointer(dA), as_pointer(dB),
-                                    factor, static_cast<double*>(as_pointer(dgains)), workspace.get(),
-                                    needed));
+                                    factor, static_cast<double*>(as_pointer(dgains)),
+                                    workspace.get(), needed));
     }
 
     std::string isa() const {
@@ -156,7 +156,8 @@ void draws(const py::int_& seed, std::int64_t row0, std::int64_t rows, std::int6
                              static_cast<std::uint16_t*>(as_pointer(out))));
 }
 
-// Asks for huge pages where a large output will lie: faults on small pages cost more than the merge.
+// Asks for huge pages where a large output will lie: faults on small pages cost more than the
+// merge.
 void advise_huge_pages(Address start, std::size_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
     const Address page = static_cast<Address>(sysconf(_SC_PAGESIZE));
@@ -193,9 +194,9 @@ PYBIND11_MODULE(_C, m) {
              arg("tokens"), arg("gains_ptr"), arg("seed"), arg("stream"), arg("sample"),
              arg("row_offset"), arg("col_offset"), arg("threads"))
         .def("backward", &Packed::backward, arg("grad"), arg("x"), arg("s_ptr"), arg("dx_ptr"),
-             arg("dA_ptr"), arg("dB_ptr"), arg("factor_dtype"), arg("dgains_ptr"), arg("tokens"), arg("gains_ptr"),
-             arg("seed"), arg("stream"), arg("sample"), arg("row_offset"), arg("col_offset"),
-             arg("threads"))
+             arg("dA_ptr"), arg("dB_ptr"), arg("factor_dtype"), arg("dgains_ptr"), arg("tokens"),
+             arg("gains_ptr"), arg("seed"), arg("stream"), arg("sample"), arg("row_offset"),
+             arg("col_offset"), arg("threads"))
         .def_property_readonly("isa", &Packed::isa)
         .def_property_readonly("path", &Packed::path)
         .def_property_readonly("nbytes", &Packed::nbytes);

@@ -39,7 +39,8 @@ public:
         factors.lora_A = A.data();
         factors.lora_B = B.data();
         const py::gil_scoped_release release;
-        require(lora_ortho_cuda_pack(&factors, as_pointer(packed), bytes_, as_pointer(cuda_stream)));
+        require(
+            lora_ortho_cuda_pack(&factors, as_pointer(packed), bytes_, as_pointer(cuda_stream)));
     }
 
     std::size_t forward_bytes(std::int64_t tokens) const {
@@ -64,8 +65,8 @@ public:
             base ? as_matrix(*base, factors_.dtype) : lora_ortho_matrix{};
         const py::gil_scoped_release release;
         require(lora_ortho_cuda_forward(&factors_, as_pointer(packed), bytes_, &call, &x_matrix,
-                                        base ? &base_matrix : nullptr, as_pointer(y),
-                                        as_pointer(s), as_pointer(workspace), workspace_bytes));
+                                        base ? &base_matrix : nullptr, as_pointer(y), as_pointer(s),
+                                        as_pointer(workspace), workspace_bytes));
     }
 
     void backward(Address packed, const py::tuple& grad, const py::tuple& x, Address s, Address dx,
@@ -86,7 +87,8 @@ public:
     std::size_t nbytes() const { return bytes_; }
 
 private:
-    // (tokens, gains address, seed, seed address, stream, sample, row_offset, col_offset, CUDA stream)
+    // (tokens, gains address, seed, seed address, stream, sample, row_offset, col_offset, CUDA
+    // stream)
     static lora_ortho_cuda_call as_call(const py::tuple& t) {
         lora_ortho_cuda_call call{};
         call.struct_version = LORA_ORTHO_STRUCT_VERSION;

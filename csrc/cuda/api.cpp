@@ -125,17 +125,17 @@ lora_ortho_status lora_ortho_cuda_forward_bytes(const lora_ortho_factors* factor
         Setting setting;
         LORA_ORTHO_CHECK(setting.open(factors, call));
         LORA_ORTHO_CHECK(check_pointer(bytes, alignof(std::size_t)));
-        *bytes = call->tokens == 0 ? 0
-                                   : setting.kernels->forward_bytes(*factors, *call, setting.device);
+        *bytes =
+            call->tokens == 0 ? 0 : setting.kernels->forward_bytes(*factors, *call, setting.device);
         return LORA_ORTHO_OK;
     });
 }
 
 lora_ortho_status lora_ortho_cuda_forward(const lora_ortho_factors* factors, const void* packed,
                                           size_t packed_bytes, const lora_ortho_cuda_call* call,
-                                          const lora_ortho_matrix* x,
-                                          const lora_ortho_matrix* base, void* y, void* s,
-                                          void* workspace, size_t workspace_bytes) {
+                                          const lora_ortho_matrix* x, const lora_ortho_matrix* base,
+                                          void* y, void* s, void* workspace,
+                                          size_t workspace_bytes) {
     return guarded([&]() -> Status {
         Setting setting;
         LORA_ORTHO_CHECK(setting.open(factors, call));
@@ -146,9 +146,8 @@ lora_ortho_status lora_ortho_cuda_forward(const lora_ortho_factors* factors, con
         if (call->tokens == 0) return LORA_ORTHO_OK;
         LORA_ORTHO_CHECK(check_pointer(y, dtype_bytes(f.dtype)));
         LORA_ORTHO_CHECK(check_pointer(s, dtype_bytes(f.dtype)));
-        LORA_ORTHO_CHECK(
-            check_workspace(workspace, workspace_bytes,
-                            setting.kernels->forward_bytes(f, *call, setting.device)));
+        LORA_ORTHO_CHECK(check_workspace(workspace, workspace_bytes,
+                                         setting.kernels->forward_bytes(f, *call, setting.device)));
         return setting.kernels->forward(f, packed, *call, *x, base, y, s, workspace,
                                         setting.device);
     });
@@ -185,9 +184,8 @@ lora_ortho_status lora_ortho_cuda_backward(const lora_ortho_factors* factors, co
             return LORA_ORTHO_MISALIGNED;
         }
         if (call->tokens > 0) LORA_ORTHO_CHECK(check_pointer(s, dtype_bytes(f.dtype)));
-        LORA_ORTHO_CHECK(
-            check_workspace(workspace, workspace_bytes,
-                            setting.kernels->backward_bytes(f, *call, setting.device)));
+        LORA_ORTHO_CHECK(check_workspace(
+            workspace, workspace_bytes, setting.kernels->backward_bytes(f, *call, setting.device)));
         return setting.kernels->backward(f, packed, *call, *grad, *x, s,
                                          {dx, dA, dB, dgains, factor_dtype}, workspace,
                                          setting.device);

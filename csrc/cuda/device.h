@@ -78,8 +78,7 @@ struct Shared {
         asm volatile("st.shared.b32 [%0], %1;" ::"r"(at + byte), "r"(v) : "memory");
     }
     LORA_ORTHO_DEVICE void store_half(int byte, std::uint32_t v) const {
-        asm volatile("st.shared.b16 [%0], %1;" ::"r"(at + byte),
-                     "h"(static_cast<std::uint16_t>(v))
+        asm volatile("st.shared.b16 [%0], %1;" ::"r"(at + byte), "h"(static_cast<std::uint16_t>(v))
                      : "memory");
     }
     LORA_ORTHO_DEVICE void store_double(int byte, double v) const {
@@ -95,20 +94,16 @@ LORA_ORTHO_DEVICE Shared shared_memory() {
     extern __shared__ __align__(16) unsigned char lora_ortho_shared[];
     return {static_cast<std::uint32_t>(__cvta_generic_to_shared(lora_ortho_shared))};
 }
-LORA_ORTHO_DEVICE void copy_async_commit() {
-    asm volatile("cp.async.commit_group;" ::: "memory");
-}
+LORA_ORTHO_DEVICE void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 // Waits for all copies of this thread.
-LORA_ORTHO_DEVICE void copy_async_wait() {
-    asm volatile("cp.async.wait_group 0;" ::: "memory");
-}
+LORA_ORTHO_DEVICE void copy_async_wait() { asm volatile("cp.async.wait_group 0;" ::: "memory"); }
 
 LORA_ORTHO_DEVICE Quad load_quad(const void* from) {
     const uint4 v = *static_cast<const uint4*>(from);
     return {{v.x, v.y, v.z, v.w}};
 }
-// Accesses that happen only where they are wanted, without a branch. By PTX also because the compiler
-// may cut an assignment into words.
+// Accesses that happen only where they are wanted, without a branch. By PTX also because the
+// compiler may cut an assignment into words.
 LORA_ORTHO_DEVICE Quad load_quad_if(bool wanted, const void* from) {
     Quad v;
     asm volatile(

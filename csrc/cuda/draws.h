@@ -6,7 +6,8 @@
 
 namespace lora_ortho::cuda {
 
-// Where a call stands in the mask stream. The seed is read from device memory where it has a pointer.
+// Where a call stands in the mask stream. The seed is read from device memory where it has a
+// pointer.
 struct Place {
     const std::uint64_t* seed_pointer;
     std::uint64_t seed;

@@ -1,11 +1,11 @@
 // y[m, n] = base[m, n] + sum_j gain_j mask_j(m, n) (B_j s_j)[m, n]; also dx = ds A, without masks.
 //
-// A warp makes 16 rows x 32 columns at a time; thread (g, t) holds eight neighbouring columns of each of
-// its rows, so one call of Philox serves them and all accesses are 16 bytes. The sum of an element
-// starts at base. Orthogonal: nested thresholds from the last adapter down, sum_j = base + product, the
-// last that takes the element stays. Else: sum += product where kept.
-// kFast: base and y allow 16-byte accesses, masks start at a multiple of eight columns, and s (with
-// the gains folded in, for bfloat16) and two stages of factors fit in shared memory.
+// A warp makes 16 rows x 32 columns at a time; thread (g, t) holds eight neighbouring columns of
+// each of its rows, so one call of Philox serves them and all accesses are 16 bytes. The sum of an
+// element starts at base. Orthogonal: nested thresholds from the last adapter down, sum_j = base +
+// product, the last that takes the element stays. Else: sum += product where kept. kFast: base and
+// y allow 16-byte accesses, masks start at a multiple of eight columns, and s (with the gains
+// folded in, for bfloat16) and two stages of factors fit in shared memory.
 #pragma once
 
 #include "cuda/expand_operands.h"
@@ -23,7 +23,7 @@ struct ThreadRows {
     T* y;
     std::int64_t base_step, y_step;
     std::int64_t row;
-    int left, base_left;  // rows from the first on; none without base
+    int left, base_left;   // rows from the first on; none without base
     std::uint32_t blocks;  // of eight columns
 
     LORA_ORTHO_DEVICE ThreadRows(const ExpandArguments<T>& p, std::int64_t row0) : row(row0) {
@@ -109,8 +109,8 @@ struct HighDraws {
 
 // y = sum where the adapter takes the element, else `other`.
 template <class T>
-LORA_ORTHO_DEVICE void select(const HighDraws<T>& draws, std::uint32_t limit, const Elements<T>& sum,
-                              const Elements<T>& other, Elements<T>& y) {
+LORA_ORTHO_DEVICE void select(const HighDraws<T>& draws, std::uint32_t limit,
+                              const Elements<T>& sum, const Elements<T>& other, Elements<T>& y) {
 #pragma unroll
     for (int q = 0; q < kRowsOfThread<T>; ++q) {
 #pragma unroll

@@ -23,9 +23,9 @@ struct ExpandArguments {
     std::int32_t adapter_count;
     std::int32_t draw;  // 0 nothing, 1 once, 2 for every adapter
     std::int32_t steps;
-    const float* gains;    // null: ones
-    T* s;                  // [rows][rank_sum]; written where `partial` is not null
-    std::int32_t wide_s;   // four neighbours of s may be read at once where they start at a multiple
+    const float* gains;   // null: ones
+    T* s;                 // [rows][rank_sum]; written where `partial` is not null
+    std::int32_t wide_s;  // four neighbours of s may be read at once where they start at a multiple
     const float* partial;  // [splits][rows][rank_sum]; null unless kFast
     std::int32_t splits;
     std::int32_t row_warps;  // warps of a block that take different rows: 1 or 2
@@ -172,8 +172,8 @@ struct DirectOperands {
                        s_four<T, false>(p, a, entry.gain, rows[2 * m + 1], k));
     }
     LORA_ORTHO_DEVICE void columns(int step, FourOf<T> (&out)[4]) const {
-        const Quad* at = reinterpret_cast<const Quad*>(
-            factors + static_cast<std::int64_t>(step) * kColumnBlock);
+        const Quad* at =
+            reinterpret_cast<const Quad*>(factors + static_cast<std::int64_t>(step) * kColumnBlock);
         load_columns<T>(out, [&](int i) { return load_quad(at + i * kWarp); });
     }
 };
@@ -184,10 +184,9 @@ template <class T>
 LORA_ORTHO_DEVICE void stage_entries(const ExpandArguments<T>& p, Shared shared) {
     for (int j = thread_index(); j < p.adapter_count; j += kExpandThreads) {
         const float gain = p.gains ? p.gains[j] : 1.0f;
-        shared.store_quad(kEntryBytes * j,
-                          {{(p.adapters[j].limit << 16) | 0xffffu, as_bits(gain),
-                            static_cast<std::uint32_t>(p.adapters[j].step),
-                            static_cast<std::uint32_t>(p.adapters[j + 1].step)}});
+        shared.store_quad(kEntryBytes * j, {{(p.adapters[j].limit << 16) | 0xffffu, as_bits(gain),
+                                             static_cast<std::uint32_t>(p.adapters[j].step),
+                                             static_cast<std::uint32_t>(p.adapters[j + 1].step)}});
     }
 }
 
@@ -218,9 +217,8 @@ LORA_ORTHO_DEVICE void stage_s(const ExpandArguments<T>& p, Shared shared, const
                 shared.store_word(at, value.word[0]);
                 shared.store_word(at + 8, value.word[1]);
             } else {
-                shared.store_quad(
-                    l.s + ((2 * tile + h) * kWarp + lane) * 16,
-                    {{value.word[0], value.word[1], value.word[2], value.word[3]}});
+                shared.store_quad(l.s + ((2 * tile + h) * kWarp + lane) * 16,
+                                  {{value.word[0], value.word[1], value.word[2], value.word[3]}});
             }
         }
     }

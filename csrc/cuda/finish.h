@@ -15,8 +15,7 @@ struct SumArguments {
 };
 
 template <class T>  // one copy for each translation unit
-LORA_ORTHO_KERNEL(kFinishThreads, 2)
-sum_kernel(const SumArguments p) {
+LORA_ORTHO_KERNEL(kFinishThreads, 2) sum_kernel(const SumArguments p) {
     const std::int64_t step = block_count() * kFinishThreads;
     for (std::int64_t i = block_index() * kFinishThreads + thread_index(); i < p.size; i += step) {
         float total = 0.0f;
@@ -62,7 +61,7 @@ finish_kernel(const FinishArguments<T> p) {
             sync_block();
             if (lane < width) {
                 shared.store_double(8 * lane, shared.load_double(8 * lane) +
-                                                   shared.load_double(8 * (lane + width)));
+                                                  shared.load_double(8 * (lane + width)));
             }
         }
         if (lane == 0) p.dgains[block_index() * p.adapter_count + j] = shared.load_double(0);

@@ -136,7 +136,8 @@ Status pack(const lora_ortho_factors& f, void* packed, void* stream) {
 
 // ---- forward: shrink, expand
 
-std::size_t forward_bytes(const lora_ortho_factors& f, const lora_ortho_cuda_call& c, Device device) {
+std::size_t forward_bytes(const lora_ortho_factors& f, const lora_ortho_cuda_call& c,
+                          Device device) {
     const Layout l(f, sizeof(T));
     const ShrinkConfig config = shrink_config(l, c.tokens, f.d_in, device, true);
     if (config.splits == 1) return 0;
@@ -187,10 +188,11 @@ struct BackwardPlan {
         const std::int64_t dB = dB_by.splits > 1 ? dB_by.splits * l.d_out * l.rank_sum : 0;
         const std::int64_t dA = dA_by.splits > 1 ? dA_by.splits * l.d_in * l.rank_sum : 0;
         ds_parts = 0;
-        ds = ds_parts + cpu::align_up(static_cast<std::size_t>(ds_by.splits * saved) * sizeof(float));
+        ds = ds_parts +
+             cpu::align_up(static_cast<std::size_t>(ds_by.splits * saved) * sizeof(float));
         dgains = ds + cpu::align_up(static_cast<std::size_t>(saved) * sizeof(T));
-        sums = dgains + cpu::align_up(static_cast<std::size_t>(finish_blocks * l.adapters) *
-                                      sizeof(double));
+        sums = dgains +
+               cpu::align_up(static_cast<std::size_t>(finish_blocks * l.adapters) * sizeof(double));
         bytes = sums + cpu::align_up(static_cast<std::size_t>(std::max(dA, dB)) * sizeof(float));
     }
 };
@@ -271,7 +273,8 @@ Status backward(const lora_ortho_factors& f, const void* packed, const lora_orth
         a.rows = c.tokens;
         a.cols = f.d_in;
         a.y = static_cast<T*>(out.dx);
-        LORA_ORTHO_CHECK(expand(expand_config(l, c.tokens, f.d_in, device, fast), false, a, stream));
+        LORA_ORTHO_CHECK(
+            expand(expand_config(l, c.tokens, f.d_in, device, fast), false, a, stream));
     }
     if (out.dA) {
         r.x = view_of(&x);

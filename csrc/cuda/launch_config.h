@@ -11,10 +11,9 @@ namespace lora_ortho::cuda {
 
 constexpr std::int64_t kBlocksPerMultiprocessor = 4;
 constexpr std::int64_t kMaxSplits = 64;
-constexpr std::int64_t kSharedBytes = 48 << 10;     // of any kernel without asking
+constexpr std::int64_t kSharedBytes = 48 << 10;      // of any kernel without asking
 constexpr std::int64_t kMostSharedBytes = 96 << 10;  // on sm_80 and later, asked for
 constexpr std::int64_t kMaxBlockGroups = 32;
-
 
 // Parts into which a sum of `units` is cut so that `blocks` blocks fill the device.
 inline std::int32_t splits_for(std::int64_t blocks, std::int64_t units, std::int64_t sms) {
@@ -56,7 +55,8 @@ struct ExpandConfig {
         const std::int64_t groups = ceil_div(cols, kGroup);
         const std::int32_t most = rows <= warp_rows ? 1 : kExpandWarps;
         for (const std::int64_t room : {kSharedBytes, kMostSharedBytes}) {
-            for (std::int32_t row_warps = most; fast && row_warps > 0 && !c.staged; row_warps /= 2) {
+            for (std::int32_t row_warps = most; fast && row_warps > 0 && !c.staged;
+                 row_warps /= 2) {
                 for (std::int32_t stage = 4; stage > 0 && !c.staged; stage /= 2) {
                     const std::int64_t bytes =
                         kEntryBytes * adapters +
@@ -74,8 +74,8 @@ struct ExpandConfig {
             c.stage_groups = kExpandWarps / most;
         }
         c.row_blocks = ceil_div(rows, c.row_warps * warp_rows);
-        const std::int64_t columns =
-            std::max<std::int64_t>(1, kBlocksPerMultiprocessor * sms / std::max<std::int64_t>(1, c.row_blocks));
+        const std::int64_t columns = std::max<std::int64_t>(
+            1, kBlocksPerMultiprocessor * sms / std::max<std::int64_t>(1, c.row_blocks));
         c.block_groups = static_cast<std::int32_t>(
             std::min(kMaxBlockGroups, round_up(ceil_div(groups, columns), c.stage_groups)));
         c.col_blocks = ceil_div(groups, c.block_groups);

@@ -26,9 +26,10 @@ constexpr int kGroup = 32;  // columns of one group: four threads with eight nei
 constexpr int kTile = 8;    // ranks of one tile of s
 
 struct Adapter {
-    std::uint32_t lower, limit;  // owner of a draw u: lower <= u <= limit (lower 0: dropout, direct)
-    std::int64_t rank, begin;    // columns begin .. begin + rank of s are its
-    std::int64_t step, tile;     // the first of its steps and tiles
+    std::uint32_t lower,
+        limit;                 // owner of a draw u: lower <= u <= limit (lower 0: dropout, direct)
+    std::int64_t rank, begin;  // columns begin .. begin + rank of s are its
+    std::int64_t step, tile;   // the first of its steps and tiles
 };
 
 struct Tile {

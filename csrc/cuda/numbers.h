@@ -1,7 +1,7 @@
 // The element types, and the operands of the matrix instruction in terms of "four neighbouring
-// elements along k": thread (g, t) = (lane / 4, lane % 4) of a warp holds k = 4t .. 4t + 3 of rows g
-// and g + 8 of the left operand (16 x 16) and of column g of the right one (16 x 8). Both operands
-// permute k alike, so the product is what it should be.
+// elements along k": thread (g, t) = (lane / 4, lane % 4) of a warp holds k = 4t .. 4t + 3 of rows
+// g and g + 8 of the left operand (16 x 16) and of column g of the right one (16 x 8). Both
+// operands permute k alike, so the product is what it should be.
 #pragma once
 
 #include "cuda/device.h"
@@ -163,8 +163,8 @@ LORA_ORTHO_DEVICE Four multiply(const Left<Float16>& a, const Right<Float16>& b,
     return mma_float16(a.a, b.b, c);
 }
 
-// A float is the sum of two tf32 but for 2^-24 of it; of the four products of two such sums the least
-// is left out.
+// A float is the sum of two tf32 but for 2^-24 of it; of the four products of two such sums the
+// least is left out.
 struct Split {
     std::uint32_t high, low;
     LORA_ORTHO_DEVICE void set(std::uint32_t bits) {

@@ -1,9 +1,10 @@
-// out[n, r] = gain_j sum_m mask(m, n; j) x[m, n] s[m, r], j the adapter of rank r: dB = (m (.) g)^T s, and
-// dA^T = x^T ds where nothing is masked.
+// out[n, r] = gain_j sum_m mask(m, n; j) x[m, n] s[m, r], j the adapter of rank r: dB = (m (.) g)^T
+// s, and dA^T = x^T ds where nothing is masked.
 //
 // A block owns 32 columns, at most kTilesAtOnce tiles of ranks and a share of the rows; each of its
-// warps takes 32 rows at a time through a part of shared memory of its own, which turns x, the draws
-// and s round so that neighbouring rows lie side by side. The warps are added in a fixed order.
+// warps takes 32 rows at a time through a part of shared memory of its own, which turns x, the
+// draws and s round so that neighbouring rows lie side by side. The warps are added in a fixed
+// order.
 #pragma once
 
 #include "cuda/shrink.h"
@@ -24,8 +25,12 @@ struct Target {
 LORA_ORTHO_DEVICE void store_any(void* data, std::int32_t dtype, std::int64_t at, float value) {
     switch (dtype) {
         case LORA_ORTHO_FLOAT32: static_cast<float*>(data)[at] = value; break;
-        case LORA_ORTHO_BFLOAT16: static_cast<BFloat16*>(data)[at] = from_float<BFloat16>(value); break;
-        case LORA_ORTHO_FLOAT16: static_cast<Float16*>(data)[at] = from_float<Float16>(value); break;
+        case LORA_ORTHO_BFLOAT16:
+            static_cast<BFloat16*>(data)[at] = from_float<BFloat16>(value);
+            break;
+        case LORA_ORTHO_FLOAT16:
+            static_cast<Float16*>(data)[at] = from_float<Float16>(value);
+            break;
         default: static_cast<double*>(data)[at] = value;
     }
 }
@@ -34,14 +39,14 @@ template <class T>
 struct ReduceArguments {
     const Adapter* adapters;
     const Tile* tiles;
-    View<T> x;   // (rows, cols)
-    const T* s;  // [rows][rank_sum]
+    View<T> x;           // (rows, cols)
+    const T* s;          // [rows][rank_sum]
     const float* gains;  // null: ones
     std::int64_t rows, cols, rank_sum, tile_count;
     std::uint32_t col_blocks, panels;  // blocks: col_blocks * panels * splits, columns fastest
     std::int32_t splits;
-    std::int32_t draw;   // 0 nothing, 1 once, 2 for every adapter
-    std::int32_t fast;   // x allows 16-byte accesses and cols is a multiple of eight
+    std::int32_t draw;  // 0 nothing, 1 once, 2 for every adapter
+    std::int32_t fast;  // x allows 16-byte accesses and cols is a multiple of eight
     Place place;
     float* partial;  // [splits][rank_sum * cols] in the order of the target, or null
     Target target;
@@ -53,7 +58,8 @@ struct ReduceShared {
     static constexpr int kPitch = kReduceRows + 4;
     static constexpr int kX = 0;
     static constexpr int kS = kGroup * kPitch * static_cast<int>(sizeof(T));
-    static constexpr int kDraws = kS + kTilesAtOnce<T> * kTile * kPitch * static_cast<int>(sizeof(T));
+    static constexpr int kDraws =
+        kS + kTilesAtOnce<T> * kTile * kPitch * static_cast<int>(sizeof(T));
     static constexpr int kWarpBytes = (kDraws + kGroup * kPitch * 2 + 15) / 16 * 16;
     static constexpr int kSumBytes =
         4 * kGroup * kTile * kTilesAtOnce<T> * static_cast<int>(sizeof(float));
@@ -115,8 +121,9 @@ LORA_ORTHO_DEVICE void turn_draws(const Stream& stream, Shared shared, int warp_
 #pragma unroll
     for (int q = 0; q < 4; ++q) {
         const int row = 8 * q + g;
-        const Draws draws = stream.template draws<false>(
-            static_cast<std::uint32_t>(row0 + row), static_cast<std::uint32_t>(col0 / 8 + t), lane_set);
+        const Draws draws =
+            stream.template draws<false>(static_cast<std::uint32_t>(row0 + row),
+                                         static_cast<std::uint32_t>(col0 / 8 + t), lane_set);
 #pragma unroll
         for (int e = 0; e < 8; ++e) {
             shared.store_half(warp_at + L::kDraws + ((8 * t + e) * L::kPitch + row) * 2, draws[e]);
@@ -183,8 +190,8 @@ reduce_kernel(const ReduceArguments<T> p) {
     const std::int64_t panel = block / p.col_blocks % p.panels;
     const std::int64_t split = block / p.col_blocks / p.panels;
     const std::int64_t first_tile = panel * kTiles;
-    const int tiles = static_cast<int>(
-        p.tile_count - first_tile < kTiles ? p.tile_count - first_tile : kTiles);
+    const int tiles =
+        static_cast<int>(p.tile_count - first_tile < kTiles ? p.tile_count - first_tile : kTiles);
     const Stream stream(p.place);
 
     Four sum[2][kTiles] = {};
@@ -214,16 +221,16 @@ reduce_kernel(const ReduceArguments<T> p) {
 #pragma unroll
                 for (int v = 0; v < 8; ++v) {
                     const int m = v / 4, half = v / 2 % 2, h = v % 2;
-                    x[m][half][h] =
-                        masked_column<T>(shared, warp_at, 16 * m + 8 * h + g, 16 * half + 4 * t,
-                                         p.draw != 0, lower, span);
+                    x[m][half][h] = masked_column<T>(shared, warp_at, 16 * m + 8 * h + g,
+                                                     16 * half + 4 * t, p.draw != 0, lower, span);
                 }
             }
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
                 const Right<T> right(load_run<T, 4>(
-                    shared, warp_at + L::kS +
-                                ((kTile * i + g) * L::kPitch + 16 * half + 4 * t) * int(sizeof(T))));
+                    shared,
+                    warp_at + L::kS +
+                        ((kTile * i + g) * L::kPitch + 16 * half + 4 * t) * int(sizeof(T))));
 #pragma unroll
                 for (int m = 0; m < 2; ++m) {
                     const Left<T> left(x[m][half][0], x[m][half][1]);
@@ -243,9 +250,8 @@ reduce_kernel(const ReduceArguments<T> p) {
 #pragma unroll
             for (int h = 0; h < 2; ++h) {
                 const int col = 16 * m + 8 * h + g, rank = kTile * i + 2 * t;
-                shared.store_pair(
-                    ((warp * kGroup + col) * kWidth + rank) * 4,
-                    {{as_bits(sum[m][i].v[2 * h]), as_bits(sum[m][i].v[2 * h + 1])}});
+                shared.store_pair(((warp * kGroup + col) * kWidth + rank) * 4,
+                                  {{as_bits(sum[m][i].v[2 * h]), as_bits(sum[m][i].v[2 * h + 1])}});
             }
         }
     }

@@ -1,9 +1,10 @@
-// out[m, r] = sum_n mask(m, n; adapter of r) x[m, n] f[r, n]: s = x A^T where nothing is masked, and
-// ds = (m (.) g) B in the backward pass, masks drawn again.
+// out[m, r] = sum_n mask(m, n; adapter of r) x[m, n] f[r, n]: s = x A^T where nothing is masked,
+// and ds = (m (.) g) B in the backward pass, masks drawn again.
 //
-// A block owns 32 rows, at most kTilesAtOnce tiles of ranks and a share of the columns; its four warps
-// take groups of 32 columns in turn and are added in shared memory, in a fixed order. x goes from
-// memory straight into the registers of the matrix instruction: 16 bytes are eight neighbouring k.
+// A block owns 32 rows, at most kTilesAtOnce tiles of ranks and a share of the columns; its four
+// warps take groups of 32 columns in turn and are added in shared memory, in a fixed order. x goes
+// from memory straight into the registers of the matrix instruction: 16 bytes are eight
+// neighbouring k.
 #pragma once
 
 #include "cuda/draws.h"
@@ -103,8 +104,8 @@ shrink_kernel(const ShrinkArguments<T> p) {
     const std::int64_t split = block / p.row_blocks / p.panels;
     const std::int64_t groups = ceil_div(p.cols, kGroup);
     const std::int64_t first_tile = panel * kTiles;
-    const int tiles = static_cast<int>(
-        p.tile_count - first_tile < kTiles ? p.tile_count - first_tile : kTiles);
+    const int tiles =
+        static_cast<int>(p.tile_count - first_tile < kTiles ? p.tile_count - first_tile : kTiles);
     const Stream stream(p.place);
 
     std::int64_t rows[4];
@@ -144,8 +145,8 @@ shrink_kernel(const ShrinkArguments<T> p) {
             for (int h = 0; h < 2; ++h) {
                 const int row = 16 * m + 8 * h + g, rank = kTile * i + 2 * t;
                 const int at = ((warp * kShrinkRows + row) * kWidth + rank) * 4;
-                shared.store_pair(
-                    at, {{as_bits(sum[m][i].v[2 * h]), as_bits(sum[m][i].v[2 * h + 1])}});
+                shared.store_pair(at,
+                                  {{as_bits(sum[m][i].v[2 * h]), as_bits(sum[m][i].v[2 * h + 1])}});
             }
         }
     }

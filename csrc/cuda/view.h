@@ -7,8 +7,8 @@
 namespace lora_ortho::cuda {
 
 // Where element (column c of 32, rank k of 16) lies in a column block. The columns are permuted so
-// that the accumulators of thread (g, t) are columns 8t .. 8t + 7: tile i of four holds, at g, column
-// 8 (g / 2) + 2 i + g % 2. As many tiles as fill 16 bytes lie side by side for each thread.
+// that the accumulators of thread (g, t) are columns 8t .. 8t + 7: tile i of four holds, at g,
+// column 8 (g / 2) + 2 i + g % 2. As many tiles as fill 16 bytes lie side by side for each thread.
 template <class T>
 LORA_ORTHO_DEVICE int column_block_index(int c, int k) {
     constexpr int kTogether = 4 / static_cast<int>(sizeof(T));  // tiles in 16 bytes

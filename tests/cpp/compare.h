@@ -19,7 +19,7 @@ inline bool representable(const std::vector<double>& values, int dtype) {
 // Exact: the value rounded once. Else: within the rounding of the output, plus `slack` of the sum
 // of the magnitudes of what was added up.
 inline void compare(const char* name, const Buffer& buffer, int dtype, const Expected& expected,
-             bool exact, double slack) {
+                    bool exact, double slack) {
     const std::size_t size = bytes_of(dtype);
     for (std::size_t i = 0; i < expected.value.size(); ++i) {
         const double got = load(buffer.data() + i * size, dtype);

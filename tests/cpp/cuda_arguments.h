@@ -74,7 +74,8 @@ struct Arguments {
     void *y = memory, *s = memory, *dx = memory, *dA = memory, *dB = memory;
     float* dgains = reinterpret_cast<float*>(memory);
     std::int32_t factor_dtype = LORA_ORTHO_FLOAT32;
-    std::size_t packed_bytes = std::numeric_limits<std::size_t>::max(), workspace_bytes = kWorkspace;
+    std::size_t packed_bytes = std::numeric_limits<std::size_t>::max(),
+                workspace_bytes = kWorkspace;
     std::size_t bytes = 12345;
     std::size_t* bytes_out = &bytes;
     const lora_ortho_factors* factors_in = &factors;
@@ -88,8 +89,17 @@ struct Arguments {
             thresholds[j] = 200u * (static_cast<std::uint32_t>(j) + 1);
             A[j] = B[j] = {memory, 4, 1, LORA_ORTHO_FLOAT32};
         }
-        factors = {LORA_ORTHO_STRUCT_VERSION, LORA_ORTHO_ORTHOGONAL, LORA_ORTHO_FLOAT32, 0, 2, 4, 6,
-                   ranks, thresholds, A, B};
+        factors = {LORA_ORTHO_STRUCT_VERSION,
+                   LORA_ORTHO_ORTHOGONAL,
+                   LORA_ORTHO_FLOAT32,
+                   0,
+                   2,
+                   4,
+                   6,
+                   ranks,
+                   thresholds,
+                   A,
+                   B};
         call.struct_version = LORA_ORTHO_STRUCT_VERSION;
         call.tokens = 3;
         call.gains = reinterpret_cast<const float*>(memory);
@@ -119,8 +129,8 @@ struct Arguments {
 };
 
 using Function = lora_ortho_status (Arguments::*)();
-constexpr Function kFunctions[] = {&Arguments::pack_bytes,    &Arguments::pack,
-                                   &Arguments::forward_bytes, &Arguments::forward,
+constexpr Function kFunctions[] = {&Arguments::pack_bytes,     &Arguments::pack,
+                                   &Arguments::forward_bytes,  &Arguments::forward,
                                    &Arguments::backward_bytes, &Arguments::backward};
 
 template <class T>

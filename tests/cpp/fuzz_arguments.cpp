@@ -1,6 +1,6 @@
 // Fuzz target for the argument checks of the C interface, the CUDA half and with it the checks that
-// both halves share. Bytes become arguments: sizes that overflow, null and misaligned pointers, zero
-// ranks, K = 0 and 256, strides of zero and negative. libFuzzer's entry point:
+// both halves share. Bytes become arguments: sizes that overflow, null and misaligned pointers,
+// zero ranks, K = 0 and 256, strides of zero and negative. libFuzzer's entry point:
 //   clang++ -fsanitize=fuzzer,address,undefined fuzz_arguments.cpp ...
 #include <cstdlib>
 
@@ -15,10 +15,26 @@ struct Bytes {
 
     std::uint8_t byte() { return at < size ? data[at++] : 0; }
     std::int64_t number() {
-        static constexpr std::int64_t kEdges[] = {
-            0, 1, -1, 2, 3, 7, 8, 255, 256, 65536, INT64_C(1) << 24, INT64_C(1) << 31,
-            INT64_C(1) << 32, INT64_C(1) << 35, INT64_C(1) << 40, INT64_C(1) << 52,
-            INT64_C(1) << 60, INT64_C(1) << 62, kHuge, -kHuge - 1};
+        static constexpr std::int64_t kEdges[] = {0,
+                                                  1,
+                                                  -1,
+                                                  2,
+                                                  3,
+                                                  7,
+                                                  8,
+                                                  255,
+                                                  256,
+                                                  65536,
+                                                  INT64_C(1) << 24,
+                                                  INT64_C(1) << 31,
+                                                  INT64_C(1) << 32,
+                                                  INT64_C(1) << 35,
+                                                  INT64_C(1) << 40,
+                                                  INT64_C(1) << 52,
+                                                  INT64_C(1) << 60,
+                                                  INT64_C(1) << 62,
+                                                  kHuge,
+                                                  -kHuge - 1};
         const std::int64_t edge = kEdges[byte() % (sizeof kEdges / sizeof kEdges[0])];
         const std::int64_t step = static_cast<std::int64_t>(byte() % 5) - 2;
         return static_cast<std::int64_t>(static_cast<std::uint64_t>(edge) +

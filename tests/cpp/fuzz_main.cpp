@@ -19,7 +19,6 @@ int main(int argc, char** argv) {
         std::printf("  %9ld %s\n", tally.calls[status],
                     lora_ortho_status_text(static_cast<lora_ortho_status>(status)));
     }
-    std::printf("%ld inputs tried, %ld calls accepted\n", tally.inputs,
-                tally.calls[LORA_ORTHO_OK]);
+    std::printf("%ld inputs tried, %ld calls accepted\n", tally.inputs, tally.calls[LORA_ORTHO_OK]);
     return tally.inputs == inputs && tally.calls[LORA_ORTHO_OK] > 0 ? 0 : 1;
 }

@@ -20,13 +20,13 @@ lora_ortho_status after(Function function, Change&& change) {
     after(&Arguments::function, []([[maybe_unused]] Arguments& a) { change; })
 
 // One change that every function of those named must answer alike.
-#define ALL(change, status)                                                                       \
-    for (const Function function : kFunctions)                                                    \
-        CHECK_EQ(after(function, []([[maybe_unused]] Arguments& a) { change; }), status)
-#define CALLS(change, status)                                                                     \
-    for (const Function function : {&Arguments::forward_bytes, &Arguments::forward,               \
-                                    &Arguments::backward_bytes, &Arguments::backward})            \
-        CHECK_EQ(after(function, []([[maybe_unused]] Arguments& a) { change; }), status)
+#define ALL(change, status)                    \
+    for (const Function function : kFunctions) \
+    CHECK_EQ(after(function, []([[maybe_unused]] Arguments& a) { change; }), status)
+#define CALLS(change, status)                                                          \
+    for (const Function function : {&Arguments::forward_bytes, &Arguments::forward,    \
+                                    &Arguments::backward_bytes, &Arguments::backward}) \
+    CHECK_EQ(after(function, []([[maybe_unused]] Arguments& a) { change; }), status)
 
 }  // namespace
 

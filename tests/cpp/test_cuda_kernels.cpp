@@ -1,5 +1,5 @@
-// The CUDA kernels, run on the CPU, through the C interface: random sizes, strides and alignments in
-// buffers of exactly the size that is allowed, against the formula in float64. Under
+// The CUDA kernels, run on the CPU, through the C interface: random sizes, strides and alignments
+// in buffers of exactly the size that is allowed, against the formula in float64. Under
 // AddressSanitizer this finds every access to device memory that is out of bounds.
 #include <cstdlib>
 #include <string>
@@ -29,9 +29,17 @@ struct Cuda {
     Cuda(const Layer& l, bool seed_in_memory) : layer(l), A(l.views(l.A)), B(l.views(l.B)) {
         const Shape& p = l.shape;
         gains.assign(p.gains.begin(), p.gains.end());
-        factors = {LORA_ORTHO_STRUCT_VERSION, p.method, p.dtype, 0,
-                   static_cast<std::int32_t>(p.adapters()), p.d_in, p.d_out, p.ranks.data(),
-                   p.thresholds.data(), A.data(), B.data()};
+        factors = {LORA_ORTHO_STRUCT_VERSION,
+                   p.method,
+                   p.dtype,
+                   0,
+                   static_cast<std::int32_t>(p.adapters()),
+                   p.d_in,
+                   p.d_out,
+                   p.ranks.data(),
+                   p.thresholds.data(),
+                   A.data(),
+                   B.data()};
         seed = p.call.seed;
         call.struct_version = LORA_ORTHO_STRUCT_VERSION;
         call.stream = p.call.stream;
@@ -63,12 +71,12 @@ struct Cuda {
         const Buffer workspace(bytes);
         const std::size_t adapters = gains.size();
         Buffer dgains(adapters * sizeof(float));
-        CHECK_EQ(lora_ortho_cuda_backward(
-                     &factors, packed.data(), packed.bytes(), &call, &layer.grad.view,
-                     &layer.x.view, out.s.data(), out.dx.data(), out.dA.data(), out.dB.data(),
-                     layer.shape.factor_dtype, reinterpret_cast<float*>(dgains.data()),
-                     workspace.data(), bytes),
-                 LORA_ORTHO_OK);
+        CHECK_EQ(
+            lora_ortho_cuda_backward(
+                &factors, packed.data(), packed.bytes(), &call, &layer.grad.view, &layer.x.view,
+                out.s.data(), out.dx.data(), out.dA.data(), out.dB.data(), layer.shape.factor_dtype,
+                reinterpret_cast<float*>(dgains.data()), workspace.data(), bytes),
+            LORA_ORTHO_OK);
         for (std::size_t j = 0; j < adapters; ++j) {
             store(out.dgains.data() + 8 * j, LORA_ORTHO_FLOAT64,
                   load(dgains.data() + 4 * j, LORA_ORTHO_FLOAT32));

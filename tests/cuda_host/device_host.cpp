@@ -113,13 +113,15 @@ void multiply(int begin) {
     for (int lane = 0; lane < kWarpSize; ++lane) {
         const int g = lane / 4, t = lane % 4;
         if (op == Op::kTf32) {
-            for (int i = 0; i < 4; ++i) left[g + i % 2 * 8][t + i / 2 * 4] = element(lanes[lane].a, i);
+            for (int i = 0; i < 4; ++i)
+                left[g + i % 2 * 8][t + i / 2 * 4] = element(lanes[lane].a, i);
             for (int i = 0; i < 2; ++i) right[t + 4 * i][g] = element(lanes[lane].b, i);
         } else {
             for (int i = 0; i < 8; ++i) {
                 left[g + i / 2 % 2 * 8][2 * t + i % 2 + i / 4 * 8] = element(lanes[lane].a, i);
             }
-            for (int i = 0; i < 4; ++i) right[2 * t + i % 2 + i / 2 * 8][g] = element(lanes[lane].b, i);
+            for (int i = 0; i < 4; ++i)
+                right[2 * t + i % 2 + i / 2 * 8][g] = element(lanes[lane].b, i);
         }
     }
     for (int lane = 0; lane < kWarpSize; ++lane) {
@@ -193,8 +195,10 @@ void run_block(int shared_bytes) {
             if (t.fiber.done() || t.wait != Wait::kRunning) continue;
             b.current = i;
             t.fiber.resume();
-            if (!t.fiber.done()) left = true;
-            else if (!t.open.empty() || !t.committed.empty()) fail("a copy was not waited for", 0);
+            if (!t.fiber.done())
+                left = true;
+            else if (!t.open.empty() || !t.committed.empty())
+                fail("a copy was not waited for", 0);
         }
         for (int i = 0; i < b.size && !left; ++i) {
             left = !b.threads[static_cast<std::size_t>(i)].fiber.done();

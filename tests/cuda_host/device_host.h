@@ -1,7 +1,7 @@
-// Test only: csrc/cuda/device.h's names on the CPU. Every thread of a block is a fiber. Barriers and
-// matrix instructions are where fibers meet; who continues first is drawn at random. Shared memory
-// starts as NaN and knows who wrote and read each word since which barrier; asynchronous copies
-// arrive as late as they may.
+// Test only: csrc/cuda/device.h's names on the CPU. Every thread of a block is a fiber. Barriers
+// and matrix instructions are where fibers meet; who continues first is drawn at random. Shared
+// memory starts as NaN and knows who wrote and read each word since which barrier; asynchronous
+// copies arrive as late as they may.
 #pragma once
 
 #include <cmath>

@@ -57,8 +57,8 @@ void Fiber::start(void (*body)(int), int argument) {
 #if defined(__x86_64__)
     auto top = reinterpret_cast<std::uintptr_t>(stack_.get() + kStackBytes) & ~std::uintptr_t{63};
     void** at = reinterpret_cast<void**>(top);
-    *--at = nullptr;                                    // alignment as after a call
-    *--at = reinterpret_cast<void*>(&first_frame);      // what the first switch returns to
+    *--at = nullptr;                                // alignment as after a call
+    *--at = reinterpret_cast<void*>(&first_frame);  // what the first switch returns to
     for (int i = 0; i < 6; ++i) *--at = nullptr;
     self_ = at;
 #else

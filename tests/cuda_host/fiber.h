@@ -30,7 +30,6 @@ public:
     [[noreturn]] void run();
 
 private:
-
     std::unique_ptr<char[]> stack_;
     void (*body_)(int) = nullptr;
     int argument_ = 0;
