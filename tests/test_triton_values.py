@@ -42,8 +42,9 @@ def test_every_dtype_and_method(case: Case, dtype: torch.dtype, method: str) -> 
     test_values.check(TRITON, case, dtype, method)
 
 
-def test_the_largest_rank_beside_the_smallest() -> None:
-    test_values.check(TRITON, Case(5, 300, 70, (256, 1)), torch.bfloat16, "orthogonal")
+@pytest.mark.parametrize("ranks", [(256, 1), (64,), (33, 64), (32, 20)], ids=str)
+def test_ranks_around_the_ends_of_chunks(ranks: tuple[int, ...]) -> None:
+    test_values.check(TRITON, Case(5, 300, 70, ranks), torch.bfloat16, "orthogonal")
 
 
 @pytest.mark.parametrize("method", ["orthogonal", "direct"])

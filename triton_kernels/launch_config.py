@@ -75,10 +75,11 @@ def _ceil(a: int, b: int) -> int:
 
 def forward(gpu: Gpu, merge: Merge) -> Forward:
     """The tiles of the forward kernel."""
-    columns = merge.adapters * merge.width
     half = merge.itemsize == 2
-    hoist = half and merge.adapters <= HOISTED_ADAPTERS and columns <= HOISTED_COLUMNS
     chunk = min(merge.width, 32 if half else 16)
+    few = merge.adapters <= HOISTED_ADAPTERS
+    few = few and merge.adapters * merge.width <= HOISTED_COLUMNS
+    hoist = half and few and chunk == merge.width  # what is hoisted is one chunk of each adapter
     block_m, block_n, warps = _forward_tile(gpu.arch, merge)
     registers = 168 if hoist and gpu.arch == "sm_90" else None
     rows = _ceil(merge.tokens, block_m)
