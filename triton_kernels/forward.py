@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import math
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import launch_config
+from . import autotune, launch_config
 from .launch import (
     Factors,
     Launch,
@@ -21,7 +22,7 @@ from .launch import (
     shared,
     vector_of,
 )
-from .launch_config import Gpu
+from .launch_config import Forward, Gpu
 from .mask_stream import draw
 from .tiles import (
     dot,
@@ -188,8 +189,30 @@ def forward(
     place: tuple[int, int, int, int],
 ) -> Launch:
     """The launch that fills y (tokens, d_out), contiguous, which may be ``base``; tokens > 0."""
+    merge = merge_of(factors, y.shape[0])
+    config = launch_config.forward(gpu, merge)
+    if autotune.enabled() and not y.is_meta:
+        unread = torch.empty_like(y)
+
+        def run(choice: Forward) -> None:
+            _launch(choice, factors, gpu, unread, base, s, gains, seed, place).run()
+
+        config = autotune.tuned(config, gpu, y.device, merge, factors.method, run)
+    return _launch(config, factors, gpu, y, base, s, gains, seed, place)
+
+
+def _launch(
+    config: Forward,
+    factors: Factors,
+    gpu: Gpu,
+    y: Tensor,
+    base: Tensor | None,
+    s: Tensor,
+    gains: Tensor,
+    seed: Tensor,
+    place: tuple[int, int, int, int],
+) -> Launch:
     tokens, d_out = y.shape
-    config = launch_config.forward(gpu, merge_of(factors, tokens))
     arguments, constants = shared(factors, s, gains, seed, place)
     added = y if base is None else base
     row, column = added.stride()

@@ -13,6 +13,7 @@ MIN_WIDTH = 16  # the smallest side of a tensor-core product
 MAX_RANK = 256
 HOISTED_ADAPTERS = 3
 HOISTED_COLUMNS = 64
+MOST_TILES = 8  # side by side in a program of the forward kernel
 
 
 @dataclass(frozen=True)
@@ -85,8 +86,15 @@ def forward(gpu: Gpu, merge: Merge) -> Forward:
     rows = _ceil(merge.tokens, block_m)
     tiles = _ceil(merge.d_out, block_n)
     # as many tiles a program as leave two programs for each multiprocessor
-    tiles = min(8, tiles, max(1, rows * tiles // (2 * gpu.multiprocessors)))
+    tiles = min(MOST_TILES, tiles, max(1, rows * tiles // (2 * gpu.multiprocessors)))
     return Forward(block_m, block_n, tiles, chunk, hoist, warps, registers)
+
+
+def tile_counts(config: Forward, merge: Merge) -> tuple[int, ...]:
+    """The numbers of tiles that a configuration may have for a problem, its own among them."""
+    most = min(MOST_TILES, _ceil(merge.d_out, config.block_n))
+    powers = (1 << i for i in range(most.bit_length()))
+    return tuple(sorted({config.tiles, *(count for count in powers if count <= most)}))
 
 
 def _forward_tile(arch: str, merge: Merge) -> tuple[int, int, int]:
