@@ -37,7 +37,7 @@ demo: $(VENV)/demo.stamp
 	$(BIN)/python examples/demo.py
 
 test: lint
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 # The adapters' tests with the oldest supported PEFT; `make test` has the newest.
 compat: $(VENV)-oldest/stamp

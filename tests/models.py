@@ -186,11 +186,7 @@ SUBJECTS = {
 }  # fmt: skip
 
 
-# The names of all, for parametrize; the real model is loaded by one test process only.
-NAMES = [
-    pytest.param(name, marks=pytest.mark.xdist_group("smollm")) if name == "smollm" else name
-    for name in SUBJECTS
-]
+NAMES = list(SUBJECTS)  # for parametrize
 
 # Kinds of adapters, as fields of PEFT's LoraConfig.
 KINDS: dict[str, dict[str, Any]] = {

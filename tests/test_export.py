@@ -45,7 +45,7 @@ def close(ours: Tensor, theirs: Tensor, relative: float = 1e-9) -> None:
 @pytest.mark.parametrize(
     ("subject", "kind"),
     [
-        pytest.param("smollm", "all", marks=pytest.mark.xdist_group("smollm")),
+        ("smollm", "all"),
         *((name, kind) for name in ("llama", "gpt2", "unet", "flux") for kind in [*KINDS, "all"]),
     ],
     indirect=["subject"],
