@@ -1,4 +1,4 @@
-"""``make gpu``: everything that needs a GPU, in one command, without a network, in eight minutes.
+"""``make gpu``: everything that needs a GPU, in one command, without a network.
 
 Builds the package into an environment of its own that sees this Python's packages, runs the tests
 on the device, the benchmark of every GPU backend, and compute-sanitizer where there is one; writes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, TypeVar
@@ -60,12 +61,12 @@ def served_how(base: Any) -> tuple[str, str]:
     return DELTA, f"the base layer is a {type(base).__name__}"
 
 
-class Handle:
+class Handle(ABC):
     """Something put into a model: a context manager that takes it out at the end."""
 
+    @abstractmethod
     def detach(self) -> None:
         """Puts the model back as it was; a second call does nothing."""
-        raise NotImplementedError
 
     def __enter__(self: _Self) -> _Self:
         return self

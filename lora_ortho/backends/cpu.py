@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lora_ortho.backends.native import DTYPE_NAMES, matrix
 from lora_ortho.problem import Place, Problem
 
 _C: Any = None
@@ -23,12 +24,6 @@ except ImportError as error:
 # Caps the instruction set; read when factors are packed. For tests and benchmarks.
 ISA_VARIABLE = "LORA_ORTHO_CPU_ISA"
 
-_DTYPE_NAMES = {
-    torch.float32: "float32",
-    torch.bfloat16: "bfloat16",
-    torch.float16: "float16",
-    torch.float64: "float64",
-}
 _WRAP = 1 << 64
 # Outputs of at least two huge pages.
 _HUGE_BYTES = 4 << 20
@@ -64,13 +59,13 @@ def pack(problem: Problem, lora_A: Sequence[Tensor], lora_B: Sequence[Tensor]) -
     lora_A, lora_B = ([t.resolve_neg() for t in factors] for factors in (lora_A, lora_B))
     native = _C.Packed(
         problem.method,
-        _DTYPE_NAMES[problem.dtype],
+        DTYPE_NAMES[problem.dtype],
         problem.d_in,
         problem.d_out,
         list(problem.ranks),
         list(problem.thresholds),
-        [(*_matrix(A), _DTYPE_NAMES[A.dtype]) for A in lora_A],
-        [(*_matrix(B), _DTYPE_NAMES[B.dtype]) for B in lora_B],
+        [(*matrix(A), DTYPE_NAMES[A.dtype]) for A in lora_A],
+        [(*matrix(B), DTYPE_NAMES[B.dtype]) for B in lora_B],
         isa=os.environ.get(ISA_VARIABLE, "auto"),
     )
     return Packed(native, problem.d_out, sum(problem.ranks))
@@ -90,8 +85,8 @@ def forward(
     y = _output((tokens, packed.d_out), x.dtype) if out is None else out
     s = torch.empty((tokens, packed.rank_sum), dtype=x.dtype)
     packed.native.forward(
-        _matrix(x),
-        None if base is None else _matrix(base),
+        matrix(x),
+        None if base is None else matrix(base),
         y.data_ptr(),
         s.data_ptr(),
         tokens,
@@ -125,11 +120,11 @@ def backward(
     dx, dA, dB, dgains = outputs
     addresses = [out.data_ptr() if need else 0 for out, need in zip(outputs, needs, strict=True)]
     packed.native.backward(
-        _matrix(grad),
-        _matrix(x),
+        matrix(grad),
+        matrix(x),
         s.data_ptr(),
         *addresses[:3],
-        _DTYPE_NAMES[factor_dtype],
+        DTYPE_NAMES[factor_dtype],
         addresses[3],
         x.shape[0],
         gains.data_ptr(),
@@ -146,10 +141,6 @@ def _output(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     if tensor.nbytes >= _HUGE_BYTES:
         _C.advise_huge_pages(tensor.data_ptr(), tensor.nbytes)
     return tensor
-
-
-def _matrix(tensor: Tensor) -> tuple[int, int, int]:
-    return (tensor.data_ptr(), *tensor.stride())  # type: ignore[return-value]
 
 
 def _unsigned(seed: int | Tensor) -> int:

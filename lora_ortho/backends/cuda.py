@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lora_ortho.backends.native import DTYPE_NAMES, matrix
 from lora_ortho.problem import Place, Problem
 
 _C: Any = None
@@ -22,12 +23,6 @@ except ImportError as error:
 # Where the kernels run; the tests run them on the CPU.
 _DEVICE = "cuda"
 
-_DTYPE_NAMES = {
-    torch.float32: "float32",
-    torch.bfloat16: "bfloat16",
-    torch.float16: "float16",
-    torch.float64: "float64",
-}
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _MASK = (1 << 64) - 1
 
@@ -63,7 +58,7 @@ def pack(problem: Problem, lora_A: Sequence[Tensor], lora_B: Sequence[Tensor]) -
     lora_A, lora_B = ([t.detach().resolve_neg() for t in fs] for fs in (lora_A, lora_B))
     native = _C.CudaFactors(
         problem.method,
-        _DTYPE_NAMES[problem.dtype],
+        DTYPE_NAMES[problem.dtype],
         problem.d_in,
         problem.d_out,
         list(problem.ranks),
@@ -73,8 +68,8 @@ def pack(problem: Problem, lora_A: Sequence[Tensor], lora_B: Sequence[Tensor]) -
     with _current(device):
         buffer = torch.empty(native.nbytes, dtype=torch.uint8, device=device)
         native.pack(
-            [(*_matrix(A), _DTYPE_NAMES[A.dtype]) for A in lora_A],
-            [(*_matrix(B), _DTYPE_NAMES[B.dtype]) for B in lora_B],
+            [(*matrix(A), DTYPE_NAMES[A.dtype]) for A in lora_A],
+            [(*matrix(B), DTYPE_NAMES[B.dtype]) for B in lora_B],
             buffer.data_ptr(),
             _stream(device),
         )
@@ -99,8 +94,8 @@ def forward(
         workspace = _workspace(packed.native.forward_bytes(tokens), device)
         packed.native.forward(
             packed.buffer.data_ptr(),
-            _matrix(x),
-            None if base is None else _matrix(base),
+            matrix(x),
+            None if base is None else matrix(base),
             y.data_ptr(),
             s.data_ptr(),
             workspace.data_ptr(),
@@ -137,13 +132,13 @@ def backward(
         wide_gains = gains.to(torch.float32)
         packed.native.backward(
             packed.buffer.data_ptr(),
-            _matrix(grad),
-            _matrix(x),
+            matrix(grad),
+            matrix(x),
             s.data_ptr(),
             dx,
             dA,
             dB,
-            _DTYPE_NAMES[factor_dtype],
+            DTYPE_NAMES[factor_dtype],
             dgains,
             workspace.data_ptr(),
             workspace.numel(),
@@ -169,10 +164,6 @@ def _call(
 
 def _workspace(nbytes: int, device: torch.device) -> Tensor:
     return torch.empty(nbytes, dtype=torch.uint8, device=device)
-
-
-def _matrix(tensor: Tensor) -> tuple[int, int, int]:
-    return (tensor.data_ptr(), *tensor.stride())  # type: ignore[return-value]
 
 
 def _stream(device: torch.device) -> int:
