@@ -1,6 +1,8 @@
 // The Python extension lora_ortho._C: raw addresses and numbers in, status codes out as exceptions.
 // The CPU half.
 // Tensors, dtypes and devices are the caller's business (lora_ortho/backends/cpu.py).
+#include <algorithm>
+#include <cstring>
 #include <memory>
 
 #if defined(__linux__)
@@ -128,6 +130,59 @@ private:
     AlignedBuffer buffer_;
 };
 
+// A few elements of some matrices, spread over each: a change that moves no version counter is seen by
+// them. The matrices' memory must be there when hash is called.
+class Sampler {
+public:
+    // (address, row stride, column stride, rows, columns, bytes of an element); strides in elements.
+    explicit Sampler(const std::vector<py::tuple>& matrices) {
+        constexpr std::size_t kLeast = 4, kMost = 16, kTogether = 48;
+        const std::size_t each =
+            std::clamp(kTogether / std::max<std::size_t>(matrices.size(), 1), kLeast, kMost);
+        for (const py::tuple& t : matrices) {
+            const auto* data = static_cast<const char*>(as_pointer(t[0].cast<Address>()));
+            const auto rows = t[3].cast<std::int64_t>(), cols = t[4].cast<std::int64_t>();
+            const auto bytes = t[5].cast<std::int64_t>(), elements = rows * cols;
+            const auto count = std::min<std::int64_t>(elements, static_cast<std::int64_t>(each));
+            for (std::int64_t k = 0; k < count; ++k) {
+                // One element of each of `count` equal parts, at a place that the golden ratio spreads.
+                const std::int64_t part = elements / count, begin = k * part;
+                const std::int64_t at = begin + (k + 1) * 40503 % 65536 * part / 65536;
+                const std::int64_t offset =
+                    at / cols * t[1].cast<std::int64_t>() + at % cols * t[2].cast<std::int64_t>();
+                samples_.push_back({data + offset * bytes, static_cast<std::size_t>(bytes)});
+            }
+        }
+    }
+
+    std::uint64_t hash() const {
+        for (const Sample& sample : samples_) __builtin_prefetch(sample.at);
+        std::uint64_t h = 0xcbf29ce484222325ull;
+        for (const Sample& sample : samples_) {
+            h = (h ^ read(sample)) * 0x100000001b3ull;
+            h ^= h >> 29;
+        }
+        return h;
+    }
+
+private:
+    struct Sample {
+        const char* at;
+        std::size_t bytes;
+    };
+    template <class Word>
+    static std::uint64_t word(const char* at) {
+        Word bits;
+        std::memcpy(&bits, at, sizeof bits);
+        return bits;
+    }
+    static std::uint64_t read(const Sample& sample) {
+        if (sample.bytes == 4) return word<std::uint32_t>(sample.at);
+        return sample.bytes == 2 ? word<std::uint16_t>(sample.at) : word<std::uint64_t>(sample.at);
+    }
+    std::vector<Sample> samples_;
+};
+
 std::vector<std::string> isas() {
     std::vector<std::string> present;
     for (const auto& entry : kIsas) {
@@ -200,5 +255,8 @@ PYBIND11_MODULE(_C, m) {
         .def_property_readonly("isa", &Packed::isa)
         .def_property_readonly("path", &Packed::path)
         .def_property_readonly("nbytes", &Packed::nbytes);
+    py::class_<Sampler>(m, "Sampler", py::module_local(), "A few elements of some matrices.")
+        .def(py::init<const std::vector<py::tuple>&>(), arg("matrices"))
+        .def("hash", &Sampler::hash, "Of the elements as they are now.");
     bind_cuda(m);
 }

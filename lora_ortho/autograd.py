@@ -3,31 +3,23 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lora_ortho import ops
+from lora_ortho.ops import Call, Kept
 
-
-class Call(NamedTuple):
-    """The constants of a call, in the order in which the ops take them."""
-
-    thresholds: tuple[int, ...]
-    method: str
-    stream: int
-    sample: int
-    row_offset: int
-    col_offset: int
+_FIRST_FACTOR = 7  # among the arguments of Merge
 
 
 class Merge(torch.autograd.Function):
     """y of the merge, differentiable in x, base, gains and every factor; draws its masks again.
 
-    ``apply(x, base, gains, seed, call, backend, *lora_A, *lora_B)`` returns (y, s) with s = x Aᵀ,
-    which is saved and not differentiable. Saves x, s, gains, seed and the factors: nothing of size
-    (tokens, d_out).
+    ``apply(x, base, gains, seed, coordinates, call, kept, *lora_A, *lora_B)`` returns (y, s) with
+    s = x Aᵀ, which is saved and not differentiable. Saves x, s, gains, seed, coordinates, the
+    factors and, in ``kept``, their pack: nothing of size (tokens, d_out).
     """
 
     @staticmethod
@@ -36,35 +28,38 @@ class Merge(torch.autograd.Function):
         base: Tensor | None,
         gains: Tensor,
         seed: Tensor,
+        coordinates: Tensor | None,
         call: Call,
-        backend: str,
+        kept: Kept | None,
         *factors: Tensor,
     ) -> tuple[Tensor, Tensor]:
         half = len(factors) // 2
-        y, s = ops.forward(x, factors[:half], factors[half:], base, gains, seed, *call, backend)
+        y, s = ops.forward(
+            x, factors[:half], factors[half:], base, gains, seed, coordinates, *call, kept=kept
+        )
         return y, s
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        x, _, gains, seed, call, backend, *factors = inputs
+        x, _, gains, seed, coordinates, call, kept, *factors = inputs
         s = output[1]
         ctx.mark_non_differentiable(s)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, s, gains, seed, *factors)
-        ctx.call, ctx.backend = call, backend
+        ctx.save_for_backward(x, s, gains, seed, coordinates, *factors)
+        ctx.call, ctx.kept = call, kept
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
-        x, s, gains, seed, *factors = ctx.saved_tensors
+        x, s, gains, seed, coordinates, *factors = ctx.saved_tensors
         if grad is None:
-            return (None,) * (6 + len(factors))
+            return (None,) * (_FIRST_FACTOR + len(factors))
         half, needs = len(factors) // 2, ctx.needs_input_grad
-        need_A, need_B = needs[6 : 6 + half], needs[6 + half :]
+        need_A, need_B = needs[_FIRST_FACTOR:][:half], needs[_FIRST_FACTOR + half :]
         wanted = (needs[0], any(need_A), any(need_B), needs[2])
         none: tuple[Tensor | None, ...] = (None,) * half
         dx, dgains, dA, dB = None, None, none, none
         if any(wanted):
-            call = (ctx.call, wanted, ctx.backend)
+            call = (coordinates, ctx.call, wanted, ctx.kept)
             # A second derivative can only be asked of a gradient that is made in grad mode; what
             # torch.compile makes refuses it on its own.
             recorded = torch.is_grad_enabled() and not torch.compiler.is_compiling()
@@ -76,7 +71,7 @@ class Merge(torch.autograd.Function):
             dx if needs[0] else None,
             grad if needs[1] else None,
             dgains if needs[2] else None,
-            *(None, None, None),
+            *(None, None, None, None),
             *dA,
             *dB,
         )
@@ -92,15 +87,17 @@ class MergeGradients(torch.autograd.Function):
         s: Tensor,
         gains: Tensor,
         seed: Tensor,
+        coordinates: Tensor | None,
         call: Call,
         wanted: tuple[bool, bool, bool, bool],
-        backend: str,
+        kept: Kept | None,
         *factors: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         half = len(factors) // 2
         dx, dA, dB, dgains = ops.backward(
-            grad, x, s, factors[:half], factors[half:], gains, seed, *call, *wanted, backend
-        )
+            grad, x, s, factors[:half], factors[half:], gains, seed, coordinates, *call, *wanted,
+            kept=kept,
+        )  # fmt: skip
         return dx, dA, dB, dgains
 
     @staticmethod

@@ -10,10 +10,19 @@ import torch
 from torch import Tensor
 
 from lora_ortho import backends, ops
-from lora_ortho.autograd import Call, Merge
-from lora_ortho.mask_stream import seed_tensor
+from lora_ortho.autograd import Merge
+from lora_ortho.mask_stream import as_int, seed_tensor
+from lora_ortho.ops import Call, Kept
 from lora_ortho.packing import gain_dtype
-from lora_ortho.problem import DTYPES, Place, Rule, adapter_count, check, finite_numbers
+from lora_ortho.problem import (
+    DTYPES,
+    Place,
+    Rule,
+    adapter_count,
+    check,
+    check_dtype,
+    finite_numbers,
+)
 
 
 def fused_ortho_lora(
@@ -64,35 +73,50 @@ def fused_ortho_lora(
         TypeError, ValueError: naming the argument, what it was and what it may be.
     """
     rule = Rule.make(adapter_count(lora_A, lora_B), p, scaling, method)
-    place = Place(stream, sample, row_offset, col_offset)
-    return merge(rule, x, lora_A, lora_B, weights, base, seed, place, backend)
+    place = Place(
+        as_int("stream", stream),
+        as_int("sample", sample),
+        as_int("row_offset", row_offset),
+        as_int("col_offset", col_offset),
+    )
+    gains = weighted_gains(rule, weights, x)
+    return merge(rule, gains, x, lora_A, lora_B, base, seed, place, backend)
 
 
 def merge(
     rule: Rule,
+    gains: Tensor,
     x: Tensor,
     lora_A: Sequence[Tensor],
     lora_B: Sequence[Tensor],
-    weights: Sequence[float] | Tensor | None,
     base: Tensor | None,
     seed: int | Tensor,
     place: Place,
     backend: str | None,
+    coordinates: Tensor | None = None,
 ) -> Tensor:
-    """:func:`fused_ortho_lora` with its constants checked already."""
+    """:func:`fused_ortho_lora` with its constants checked already.
+
+    Args:
+        gains: (K,) as :func:`weighted_gains` makes them.
+        place, coordinates: where the call stands in the mask stream, as ints or, for
+            torch.compile, as a tensor that then stands for them (``ops``).
+    """
     x, base = _autocast(x, base)
     problem = check(rule, x, lora_A, lora_B, base, place)
     name = backends.choose(backend, problem)
-    gains = _gains(rule, weights, x)
     seed = _seed(seed, x.device)
     flat = x if x.dim() == 2 else x.reshape(-1, problem.d_in)
     flat_base = base if base is None or base.dim() == 2 else base.reshape(-1, problem.d_out)
-    call = Call(rule.thresholds, rule.method, *place)
+    trained = torch.is_grad_enabled() and any(t.requires_grad for t in (*lora_A, *lora_B))
+    call = Call(rule.thresholds, rule.method, *place, name, trained)
     if _differentiates(x, base, gains, *lora_A, *lora_B):
         apply: Any = Merge.apply
-        y: Tensor = apply(flat, flat_base, gains, seed, call, name, *lora_A, *lora_B)[0]
+        kept = None if torch.compiler.is_compiling() else Kept()
+        factors = (*lora_A, *lora_B)
+        y: Tensor = apply(flat, flat_base, gains, seed, coordinates, call, kept, *factors)[0]
     else:
-        y = ops.forward(flat, lora_A, lora_B, flat_base, gains, seed, *call, name)[0]
+        y = ops.forward(flat, lora_A, lora_B, flat_base, gains, seed, coordinates, *call)[0]
     return y if x.dim() == 2 else y.view(*x.shape[:-1], problem.d_out)
 
 
@@ -116,24 +140,25 @@ def _autocast(x: Tensor, base: Tensor | None) -> tuple[Tensor, Tensor | None]:
     return x.to(dtype), base
 
 
-def _gains(rule: Rule, weights: Sequence[float] | Tensor | None, x: Tensor) -> Tensor:
+def weighted_gains(rule: Rule, weights: Sequence[float] | Tensor | None, x: Tensor) -> Tensor:
     """The gains w_j s_j / q̂_j as a (K,) tensor, differentiable in tensor weights."""
+    check_dtype("x", x)
     dtype = gain_dtype(x.device.type)
     count = len(rule.gains)
     if not isinstance(weights, Tensor):
         numbers = finite_numbers("weights", weights, count)
         gains = [w * g for w, g in zip(numbers, rule.gains, strict=True)]
-        return _constants(tuple(gains), dtype, x)
+        return constants(tuple(gains), dtype, x)
     if weights.dtype not in DTYPES:
         raise TypeError(f"weights must be a floating point tensor, got {weights.dtype}")
     if weights.shape != (count,):
         raise ValueError(f"weights must have shape ({count},), got {tuple(weights.shape)}")
     if weights.device != x.device:
         raise ValueError(f"weights must be on the device of x, {x.device}, got {weights.device}")
-    return weights.to(dtype) * _constants(rule.gains, dtype, x)
+    return weights.to(dtype) * constants(rule.gains, dtype, x)
 
 
-def _constants(values: tuple[float, ...], dtype: torch.dtype, x: Tensor) -> Tensor:
+def constants(values: tuple[float, ...], dtype: torch.dtype, x: Tensor) -> Tensor:
     """Numbers on the device of x, sent there once: a copy from the host ends a graph's capture."""
     if x.is_cuda and ops.all_plain((x,)):
         return _on_device(values, dtype, x.device)

@@ -7,7 +7,9 @@ in int64 arithmetic with masks, and is the yardstick for the C++ and GPU kernels
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -53,27 +55,35 @@ def philox(counter: Sequence[Tensor], key: Sequence[Tensor]) -> tuple[Tensor, ..
     return c0, c1, c2, c3
 
 
+def as_int(name: str, value: Any, wanted: str = "an int") -> int:
+    """An integer of any kind (NumPy's too) as Python's, TypeError for anything else."""
+    if isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool):
+        return value  # type: ignore[return-value]
+    if isinstance(value, (bool, Tensor)) or not hasattr(value, "__index__"):
+        raise TypeError(f"{name} must be {wanted}, got {type(value).__name__}")
+    return operator.index(value)
+
+
 def check_in_range(name: str, value: int, limit: int) -> int:
-    """``value`` itself if it is an int in [0, limit); else TypeError or ValueError naming it."""
-    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
-        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+    """``value`` as an int if it is one in [0, limit); else TypeError or ValueError naming it."""
+    value = as_int(name, value)
     if not 0 <= value < limit:
         raise ValueError(f"{name} must be in [0, 2**{limit.bit_length() - 1}), got {value}")
     return value
 
 
-def check_seed(seed: int | Tensor) -> None:
-    """Raise TypeError or ValueError unless ``seed`` is 64 bits: an int or an int64 tensor."""
+def check_seed(seed: int | Tensor) -> int | Tensor:
+    """``seed`` if it is 64 bits, an int or an int64 tensor; else TypeError or ValueError."""
     if isinstance(seed, Tensor):
         if seed.dtype != torch.int64:
             raise TypeError(f"seed must be an int64 tensor, got {seed.dtype}")
         if seed.numel() != 1:
             raise ValueError(f"seed must have one element, got shape {tuple(seed.shape)}")
-        return
-    if isinstance(seed, bool) or not isinstance(seed, (int, torch.SymInt)):
-        raise TypeError(f"seed must be an int or an int64 tensor, got {type(seed).__name__}")
+        return seed
+    seed = as_int("seed", seed, "an int or an int64 tensor")
     if not -(1 << 63) <= seed < 1 << 64:
         raise ValueError(f"seed must fit in 64 bits, got {seed}")
+    return seed
 
 
 def seed_tensor(seed: int | Tensor, device: torch.device | None = None) -> Tensor:
@@ -81,7 +91,7 @@ def seed_tensor(seed: int | Tensor, device: torch.device | None = None) -> Tenso
 
     An int may be signed or unsigned 64-bit: a negative one is read as its two's complement.
     """
-    check_seed(seed)
+    seed = check_seed(seed)
     if isinstance(seed, Tensor):
         return seed
     if seed >= 1 << 63:

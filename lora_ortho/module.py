@@ -9,12 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_ortho import backends
-from lora_ortho.functional import merge
-from lora_ortho.mask_stream import check_seed
-from lora_ortho.ops import all_plain
-from lora_ortho.packing import PackedAdapters
-from lora_ortho.problem import Place, Rule, check_factors, check_pair, finite_numbers
+from lora_ortho.mixing import Choice, Mix, Mixer, Settings, Traced, checked_rates
+from lora_ortho.problem import Place, check_factors, check_pair, finite_numbers
 
 
 @dataclass(frozen=True)
@@ -81,8 +77,13 @@ class FusedOrthoLoRALinear(nn.Module):
 
     Masks are Monte Carlo draws of the merge, so ``eval()`` does not switch them off; ``method``
     does. An adapter's bias is served exactly, by one more rank on an input feature that is always
-    one. The attributes ``method``, ``seed``, ``stream``, ``sample`` and ``backend`` may be set at
-    any time. Factors are packed once, and again after a change or a move.
+    one. The attributes ``method``, ``p``, ``weights``, ``seed``, ``stream``, ``sample``,
+    ``backend`` and ``keep_zero_weights`` may be set at any time; a pass that is run again
+    (checkpointing) uses those of its first time.
+
+    Frozen factors are packed once, and again after a change or a move; trained ones in every call.
+    What no check sees (one element written through ``.data``, frozen factors on a GPU written past
+    their version counters) is seen after :meth:`refresh`.
 
     Args:
         base: an ``nn.Linear``, or any module with ``in_features`` and ``out_features`` (or the
@@ -95,11 +96,11 @@ class FusedOrthoLoRALinear(nn.Module):
         stream: which layer, in [0, 2**32): layers with equal seeds need different streams.
         trainable: factors become parameters instead of buffers.
         backend: None for the best that serves a call, or a name that must serve it.
+        keep_zero_weights: adapters of weight 0 own their share of the elements and count in K.
+            Otherwise they are off, as if they had not been given.
     Raises:
         TypeError, ValueError: an argument that does not fit, by name.
     """
-
-    sample: int = 0
 
     def __init__(
         self,
@@ -111,6 +112,7 @@ class FusedOrthoLoRALinear(nn.Module):
         stream: int = 0,
         trainable: bool = False,
         backend: str | None = None,
+        keep_zero_weights: bool = False,
     ) -> None:
         super().__init__()
         self.in_features, self.out_features = _sizes(base)
@@ -127,35 +129,113 @@ class FusedOrthoLoRALinear(nn.Module):
                 f"adapters must take {self.in_features} features to {self.out_features} as base "
                 f"does, got {sizes[0]} to {sizes[1]}"
             )
-        backends.check_name(backend)
-        if seed is not None:
-            check_seed(seed)
-        Place(stream).check(0, self.out_features)
         self.base = base
         self.adapters = nn.ModuleList(_Factors(adapter, trainable) for adapter in adapters)
-        self.seed, self.stream, self.backend = seed, stream, backend
         self.trainable = trainable
         self._ranks = ranks
         self._names = [adapter.name for adapter in adapters]
-        self._biased = [adapter.bias is not None for adapter in adapters]
+        self._mixer = Mixer([adapter.bias is not None for adapter in adapters])
         count = len(adapters)
-        self._has_bias = any(self._biased)
-        self._weights = finite_numbers("weights", [a.weight for a in adapters], count)
-        self._scaling = [adapter.scaling for adapter in adapters]
-        self._p = [1.0 - 1.0 / count if a.p is None else float(a.p) for a in adapters]
-        self._prepared: PackedAdapters | None = None
-        self._checked: tuple[int | None, Place] | None = None
-        self.method = method
+        self._choice = Choice(
+            method,
+            tuple(adapter.p for adapter in adapters),
+            tuple(finite_numbers("scaling", [a.scaling for a in adapters], count)),
+            tuple(finite_numbers("weights", [a.weight for a in adapters], count)),
+            keep_zero_weights,
+        )
+        self._settings = Settings(self._choice.mix(), None, Place(), None)
+        self._set(seed=seed, place=Place(stream), backend=backend)
 
     @property
     def method(self) -> str:
         """How adapters are mixed: "orthogonal", "dropout" or "direct"."""
-        return self._rule.method
+        return self._choice.method
 
     @method.setter
     def method(self, method: str) -> None:
-        self._rule = Rule.make(len(self._p), self._p, self._scaling, method)
-        self._prepared = None
+        self._choose(method=method)
+
+    @property
+    def p(self) -> list[float | None]:
+        """The K dropout rates; None is 1 - 1/K among the adapters whose weight is not 0. Assign a
+        sequence, or None for all of them."""
+        return list(self._choice.p)
+
+    @p.setter
+    def p(self, p: Sequence[float | None] | None) -> None:
+        self._choose(p=checked_rates(p, len(self._ranks)))
+
+    @property
+    def weights(self) -> list[float]:
+        """The K merge weights; assign a sequence to change them. An adapter of weight 0 is off: it
+        owns no element and does not count in K, unless ``keep_zero_weights``."""
+        return list(self._choice.weights)
+
+    @weights.setter
+    def weights(self, weights: Sequence[float]) -> None:
+        self._choose(weights=tuple(finite_numbers("weights", weights, len(self._ranks))))
+
+    @property
+    def keep_zero_weights(self) -> bool:
+        """Whether adapters of weight 0 own their share of the elements all the same."""
+        return self._choice.keep_zero_weights
+
+    @keep_zero_weights.setter
+    def keep_zero_weights(self, keep: bool) -> None:
+        self._choose(keep_zero_weights=bool(keep))
+
+    @property
+    def seed(self) -> int | None:
+        """None for a fresh seed at every forward, or an int that freezes the masks."""
+        return self._settings.seed
+
+    @seed.setter
+    def seed(self, seed: int | None) -> None:
+        self._set(seed=seed)
+
+    @property
+    def stream(self) -> int:
+        """Which layer, in [0, 2**32)."""
+        return self._settings.place.stream
+
+    @stream.setter
+    def stream(self, stream: int) -> None:
+        self._set(place=self._settings.place._replace(stream=stream))
+
+    @property
+    def sample(self) -> int:
+        """Which Monte Carlo draw, in [0, 2**24)."""
+        return self._settings.place.sample
+
+    @sample.setter
+    def sample(self, sample: int) -> None:
+        self._set(place=self._settings.place._replace(sample=sample))
+
+    @property
+    def backend(self) -> str | None:
+        """None for the best that serves a call, or a name that must serve it."""
+        return self._settings.backend
+
+    @backend.setter
+    def backend(self, backend: str | None) -> None:
+        self._set(backend=backend)
+
+    @property
+    def mix(self) -> Mix:
+        """What follows from method, rates and weights: who takes part, at which rates and gains."""
+        return self._settings.mix
+
+    def _choose(self, **changes: Any) -> None:
+        """Other constants of the mix; checked before anything is changed."""
+        choice = self._choice._replace(**changes)
+        self._set(mix=choice.mix())
+        self._choice = choice
+
+    def _set(self, **changes: Any) -> None:
+        """Other settings; checked before anything is changed. Those of a pass are never changed."""
+        settings = self._settings._replace(**changes).checked(self.out_features)
+        self._settings = settings
+        self._traced = Traced(settings, self._tensors()[0].device)
 
     @property
     def weight(self) -> Tensor:
@@ -166,16 +246,6 @@ class FusedOrthoLoRALinear(nn.Module):
     def bias(self) -> Tensor | None:
         """The base's bias."""
         return self.base.bias  # type: ignore[return-value]
-
-    @property
-    def weights(self) -> list[float]:
-        """The K merge weights; assign a sequence to change them."""
-        return list(self._weights)
-
-    @weights.setter
-    def weights(self, weights: Sequence[float]) -> None:
-        self._weights = finite_numbers("weights", weights, len(self._p))
-        self._prepared = None
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) to (..., out_features), in the dtype that base gives."""
@@ -190,30 +260,14 @@ class FusedOrthoLoRALinear(nn.Module):
             y: (..., out_features).
             in_place: y belongs to nobody else and may be written over.
         """
-        place = self._place()
-        tensors = self._tensors()
-        if self._is_simple(x, y, tensors):
-            return self._apply_prepared(x, y, tensors, place, in_place)
-        x = x.to(y.dtype)
-        if self._has_bias:
-            x = _with_one(x)
-        lora_A, lora_B = self._factors(tensors)
-        seed = self._draw_seed(x)
-        return merge(self._rule, x, lora_A, lora_B, self._weights, y, seed, place, self.backend)
+        if torch.compiler.is_compiling():
+            return self._mixer.add_traced(x, y, self._tensors(), self._traced)
+        return self._mixer.add(x, y, self._tensors(), self._settings, in_place)
 
-    def _place(self) -> Place:
-        place = Place(self.stream, self.sample)
-        if self._checked != (self.seed, place):
-            place.check(0, self.out_features)
-            if self.seed is not None:
-                check_seed(self.seed)
-            self._checked = (self.seed, place)
-        return place
-
-    def _draw_seed(self, x: Tensor) -> int | Tensor:
-        if self.seed is not None:
-            return self.seed
-        return torch.randint(-(1 << 63), (1 << 63) - 1, (), dtype=torch.int64, device=x.device)
+    def refresh(self) -> None:
+        """Packs the factors again, after a change that nothing shows: a few elements written
+        through ``.data``; on a GPU, anything written past the version counters."""
+        self._mixer.refresh(self._tensors(), self._settings)
 
     def _tensors(self) -> list[Tensor]:
         """All lora_A, all lora_B, then the biases there are; as they are at this moment."""
@@ -224,61 +278,15 @@ class FusedOrthoLoRALinear(nn.Module):
         ]
         found = [store["lora_A"] for store in stores]
         found += [store["lora_B"] for store in stores]
-        if self._has_bias:
+        if any(self._mixer.biased):
             found += [store["bias"] for store in stores if store["bias"] is not None]
         return found
 
-    def _factors(self, tensors: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        """lora_A and lora_B, grown by the constant feature where an adapter has a bias."""
-        count = len(self._p)
-        lora_A, lora_B, biases = tensors[:count], tensors[count : 2 * count], tensors[2 * count :]
-        if not biases:
-            return lora_A, lora_B
-        lora_A = [nn.functional.pad(A, (0, 1)) for A in lora_A]
-        left = iter(biases)
-        for j, biased in enumerate(self._biased):
-            if biased:
-                one = torch.zeros_like(lora_A[j][:1])
-                one[:, -1] = 1
-                lora_A[j] = torch.cat([lora_A[j], one])
-                lora_B[j] = torch.cat([lora_B[j], next(left)[:, None]], dim=1)
-        return lora_A, lora_B
-
-    def _is_simple(self, x: Tensor, y: Tensor, tensors: list[Tensor]) -> bool:
-        """True if the kernels can be called directly: no gradient, no cast, nothing watching."""
-        return (
-            all_plain((x, y))
-            and x.dtype is y.dtype
-            and not (
-                torch.is_grad_enabled()
-                and (x.requires_grad or y.requires_grad or any(t.requires_grad for t in tensors))
-            )
-        )
-
-    def _apply_prepared(
-        self, x: Tensor, y: Tensor, tensors: list[Tensor], place: Place, in_place: bool
-    ) -> Tensor:
-        prepared = self._prepared
-        if (
-            prepared is None
-            or prepared.problem.dtype is not y.dtype
-            or prepared.requested != self.backend
-            or not prepared.holds(tensors)
-        ):
-            lora_A, lora_B = self._factors(tensors)
-            prepared = self._prepared = PackedAdapters(
-                lora_A, lora_B, y.dtype, rule=self._rule, weights=self._weights,
-                backend=self.backend, sources=tensors,
-            )  # fmt: skip
-        if self._has_bias:
-            x = _with_one(x)
-        seed = self._draw_seed(x)
-        own = in_place and y.is_contiguous()
-        if y.dim() == 2:
-            return prepared.apply(x, y, seed, place, y if own else None)
-        flat = y.reshape(-1, self.out_features)
-        x = x.reshape(-1, x.shape[-1])
-        return prepared.apply(x, flat, seed, place, flat if own else None).view(y.shape)
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """Moves and casts; what torch.compile reads moves along."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._traced = Traced(self._settings, self._tensors()[0].device)
+        return self
 
     def extra_repr(self) -> str:
         """Sizes and settings, and the adapters' names where they have any."""
@@ -289,9 +297,6 @@ class FusedOrthoLoRALinear(nn.Module):
         )
         names = [name for name in self._names if name is not None]
         return text + (f", names=({', '.join(names)})" if names else "")
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_prepared": None}
 
 
 def _sizes(base: nn.Module) -> tuple[int, int]:
@@ -310,11 +315,6 @@ def linear_sizes(module: object) -> tuple[int | None, int | None]:
     names = ("nx", "nf") if type(module).__name__ == "Conv1D" else ("in_features", "out_features")
     first, second = (getattr(module, name, None) for name in names)
     return first if isinstance(first, int) else None, second if isinstance(second, int) else None
-
-
-def _with_one(x: Tensor) -> Tensor:
-    """x with one more feature, which is 1."""
-    return nn.functional.pad(x, (0, 1), value=1.0)
 
 
 def is_fresh(base: nn.Module | None) -> bool:

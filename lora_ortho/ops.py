@@ -3,12 +3,16 @@
 The only thing between autograd and the backends. Arguments were checked at the public boundary.
 Shapes: x (tokens, d_in); lora_A[j] (r_j, d_in); lora_B[j] (d_out, r_j); base, y, grad
 (tokens, d_out); s (tokens, Σ r); gains (K,); seed one int64. See ``backends.reference``.
+
+``coordinates`` is int64 (4,) on the CPU, stream, sample, row_offset and col_offset in place of the
+ints of those names: what a module keeps in a tensor, torch.compile does not guard on. ``trained``
+says that gradients of factors are recorded: they are packed in the call (``packing.packed``).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,28 +22,58 @@ from lora_ortho.packing import packed
 from lora_ortho.problem import Place, Problem
 from lora_ortho.reference import wide_dtype
 
-_CALL = "int[] thresholds, str method, int stream, int sample, int row_offset, int col_offset"
+_CALL = (
+    "Tensor? coordinates, int[] thresholds, str method, SymInt stream, SymInt sample, "
+    "SymInt row_offset, SymInt col_offset, str backend, bool trained"
+)
 
 torch.library.define(
     "lora_ortho::forward",
     "(Tensor x, Tensor[] lora_A, Tensor[] lora_B, Tensor? base, Tensor gains, Tensor seed, "
-    f"{_CALL}, str backend) -> (Tensor y, Tensor s)",
+    f"{_CALL}) -> (Tensor y, Tensor s)",
 )
 torch.library.define(
     "lora_ortho::backward",
     "(Tensor grad, Tensor x, Tensor s, Tensor[] lora_A, Tensor[] lora_B, Tensor gains, "
-    f"Tensor seed, {_CALL}, bool need_x, bool need_A, bool need_B, bool need_gains, str backend)"
+    f"Tensor seed, {_CALL}, bool need_x, bool need_A, bool need_B, bool need_gains)"
     " -> (Tensor dx, Tensor dA, Tensor dB, Tensor dgains)",
 )
 
 
-def _problem(
-    x: Tensor, lora_A: Sequence[Tensor], lora_B: Sequence[Tensor], thresholds: Sequence[int],
-    method: str,
-) -> Problem:  # fmt: skip
-    ranks = tuple(A.shape[0] for A in lora_A)
-    d_out = lora_B[0].shape[0]
-    return Problem(method, tuple(thresholds), x.shape[1], d_out, ranks, x.dtype, x.device.type)
+class Call(NamedTuple):
+    """The constants of a call, in the order in which the ops take them after ``coordinates``."""
+
+    thresholds: tuple[int, ...]
+    method: str
+    stream: int
+    sample: int
+    row_offset: int
+    col_offset: int
+    backend: str
+    trained: bool
+
+    def place(self, coordinates: Tensor | None) -> Place:
+        """Where the call stands in the mask stream."""
+        if coordinates is not None:
+            return Place(*coordinates.tolist())
+        return Place(self.stream, self.sample, self.row_offset, self.col_offset)
+
+    def pack(self, x: Tensor, lora_A: Sequence[Tensor], lora_B: Sequence[Tensor]) -> Any:
+        """The factors in the layout of the call's backend."""
+        ranks, d_out = tuple(A.shape[0] for A in lora_A), lora_B[0].shape[0]
+        problem = Problem(
+            self.method, tuple(self.thresholds), x.shape[1], d_out, ranks, x.dtype, x.device.type
+        )
+        return packed(self.backend, problem, lora_A, lora_B, trained=self.trained)
+
+
+class Kept:
+    """What the forward pass of a call packed, for its backward pass."""
+
+    __slots__ = ("packed",)
+
+    def __init__(self) -> None:
+        self.packed: Any = None
 
 
 def _factor_dtype(x: Tensor, lora_A: Sequence[Tensor], lora_B: Sequence[Tensor]) -> torch.dtype:
@@ -56,18 +90,16 @@ def _forward(
     base: Tensor | None,
     gains: Tensor,
     seed: Tensor,
-    thresholds: Sequence[int],
-    method: str,
-    stream: int,
-    sample: int,
-    row_offset: int,
-    col_offset: int,
-    backend: str,
+    coordinates: Tensor | None,
+    *constants: Any,
+    kept: Kept | None = None,
 ) -> tuple[Tensor, Tensor]:
-    factors = packed(backend, _problem(x, lora_A, lora_B, thresholds, method), lora_A, lora_B)
-    place = Place(stream, sample, row_offset, col_offset)
-    found: tuple[Tensor, Tensor] = backends.get(backend).forward(
-        factors, x, base, gains.contiguous(), seed, place
+    call = Call(*constants)
+    factors = call.pack(x, lora_A, lora_B)
+    if kept is not None:
+        kept.packed = factors
+    found: tuple[Tensor, Tensor] = backends.get(call.backend).forward(
+        factors, x, base, gains.contiguous(), seed, call.place(coordinates)
     )
     return found
 
@@ -80,28 +112,23 @@ def _backward(
     lora_B: Sequence[Tensor],
     gains: Tensor,
     seed: Tensor,
-    thresholds: Sequence[int],
-    method: str,
-    stream: int,
-    sample: int,
-    row_offset: int,
-    col_offset: int,
-    need_x: bool,
-    need_A: bool,
-    need_B: bool,
-    need_gains: bool,
-    backend: str,
+    coordinates: Tensor | None,
+    *rest: Any,
+    kept: Kept | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    factors = packed(backend, _problem(x, lora_A, lora_B, thresholds, method), lora_A, lora_B)
-    found: tuple[Tensor, Tensor, Tensor, Tensor] = backends.get(backend).backward(
+    call, needs = Call(*rest[:-4]), rest[-4:]
+    kept = kept or Kept()
+    factors = kept.packed if kept.packed is not None else call.pack(x, lora_A, lora_B)
+    kept.packed = None  # a second backward pass, of a graph that is retained, packs again
+    found: tuple[Tensor, Tensor, Tensor, Tensor] = backends.get(call.backend).backward(
         factors,
         grad,
         x,
         s.contiguous(),
         gains.contiguous(),
         seed,
-        Place(stream, sample, row_offset, col_offset),
-        (need_x, need_A, need_B, need_gains),
+        call.place(coordinates),
+        needs,
         _factor_dtype(x, lora_A, lora_B),
     )
     return found
@@ -123,7 +150,7 @@ def _backward_fake(
     gains: Tensor,
     *rest: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    need_x, need_A, need_B, need_gains = rest[-5:-1]
+    need_x, need_A, need_B, need_gains = rest[-4:]
     dtype, rank_sum = _factor_dtype(x, lora_A, lora_B), s.shape[1]
     return (
         x.new_empty(x.shape if need_x else (0,)),
@@ -139,10 +166,16 @@ torch.library.register_fake("lora_ortho::forward", _forward_fake)
 torch.library.register_fake("lora_ortho::backward", _backward_fake)
 
 
-def forward(x: Tensor, lora_A: Sequence[Tensor], lora_B: Sequence[Tensor], *rest: Any) -> Any:
+def forward(
+    x: Tensor,
+    lora_A: Sequence[Tensor],
+    lora_B: Sequence[Tensor],
+    *rest: Any,
+    kept: Kept | None = None,
+) -> Any:
     """The op ``lora_ortho::forward``, or its very implementation where nothing watches ops."""
     if all_plain((x, *lora_A, *lora_B)):
-        return _forward(x, lora_A, lora_B, *rest)
+        return _forward(x, lora_A, lora_B, *rest, kept=kept)
     return torch.ops.lora_ortho.forward.default(x, lora_A, lora_B, *rest)
 
 
@@ -153,10 +186,11 @@ def backward(
     lora_A: Sequence[Tensor],
     lora_B: Sequence[Tensor],
     *rest: Any,
+    kept: Kept | None = None,
 ) -> Any:
     """The op ``lora_ortho::backward``, or its very implementation where nothing watches ops."""
     if all_plain((grad, x, s, *lora_A, *lora_B)):
-        return _backward(grad, x, s, lora_A, lora_B, *rest)
+        return _backward(grad, x, s, lora_A, lora_B, *rest, kept=kept)
     return torch.ops.lora_ortho.backward.default(grad, x, s, lora_A, lora_B, *rest)
 
 

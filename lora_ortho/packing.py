@@ -1,4 +1,4 @@
-"""Factors packed once: a cache for the ops, and a prepared merge for repeated calls."""
+"""When factors are packed: in every call that trains them, else once and again after a change."""
 
 from __future__ import annotations
 
@@ -10,68 +10,118 @@ import torch
 from torch import Tensor
 
 from lora_ortho import backends
+from lora_ortho.backends import cpu
 from lora_ortho.problem import Place, Problem, Rule, check_factors, finite_numbers
 
-_PROBLEMS_PER_LAYER = 4
+_PROBLEMS_PER_PLACE = 4
 _ORIGIN = Place()
 
 
 class Stamp:
-    """Tells whether tensors are still the same objects with the same values.
+    """Tells whether tensors are still the same objects, on the same memory, with the same values.
 
-    Keeps an alias of each, which shares its version counter and holds on to its memory: so the
-    memory cannot pass to another tensor while a stamp still knows it.
+    Version counters do not show what is written through ``.data``, by torch's fused optimisers or
+    by an all-gather: on the CPU some elements of each tensor are compared too. Holds on to no
+    tensor and to no memory, and makes no weak reference to a tensor (``swap_tensors`` refuses
+    those). Never matches where there is an inference tensor, which does not count its changes.
     """
 
-    __slots__ = ("_marks",)
+    __slots__ = ("_marks", "_sampler", "_samples")
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
-        self._marks = [(weakref.ref(t), t.detach(), t._version) for t in tensors]
+        self._marks: list[tuple[Any, ...]] | None = None
+        self._sampler: Any = None
+        if any(tensor.is_inference() for tensor in tensors):
+            return
+        if all(tensor.is_cpu for tensor in tensors):
+            self._sampler = cpu.sampler(tensors)
+            if self._sampler is None:
+                return
+            self._samples = self._sampler.hash()
+        self._marks = [
+            (id(t), t._version, t.data_ptr(), t.shape, t.stride(), weakref.ref(t.untyped_storage()))
+            for t in tensors
+        ]
 
     def matches(self, tensors: Sequence[Tensor]) -> bool:
-        """True if these are the stamped tensors, in their order and unchanged."""
-        if len(tensors) != len(self._marks):
+        """True if these are the stamped tensors, in their order and, as far as seen, unchanged."""
+        if self._marks is None or len(tensors) != len(self._marks):
             return False
-        for tensor, (ref, alias, version) in zip(tensors, self._marks, strict=True):
-            if ref() is not tensor or tensor._version != version or not tensor.is_set_to(alias):
+        for t, (name, version, address, shape, strides, storage) in zip(
+            tensors, self._marks, strict=True
+        ):
+            if (
+                id(t) != name
+                or t.data_ptr() != address
+                or storage() is None  # another tensor has taken its place
+                or t._version != version
+                or t.shape != shape
+                or t.stride() != strides
+            ):
                 return False
-        return True
+        return self._sampler is None or self._sampler.hash() == self._samples
 
 
-class _Layer:
-    """What is packed for one first lora_B, for as long as that tensor lives."""
-
-    def __init__(self, owner: Tensor, key: int) -> None:
-        self.owner = weakref.ref(owner, lambda _: _layers.pop(key, None))
-        self.packed: dict[tuple[str, Problem], tuple[Stamp, Any]] = {}
-
-
-_layers: dict[int, _Layer] = {}
+# By storage of the first lora_B, for as long as it lives: by address in it, by problem. A stamp of
+# None matches nothing.
+_Places = dict[int, dict[tuple[str, Problem], tuple[Stamp | None, Any]]]
+_storages: dict[int, tuple[weakref.ref[Any], _Places]] = {}
 
 
 def packed(
-    backend: str, problem: Problem, lora_A: Sequence[Tensor], lora_B: Sequence[Tensor]
+    backend: str,
+    problem: Problem,
+    lora_A: Sequence[Tensor],
+    lora_B: Sequence[Tensor],
+    *,
+    trained: bool,
 ) -> Any:
-    """Factors in a backend's layout; packed again only after a factor changed.
+    """Factors in a backend's layout.
 
-    The packed form lives as long as the tensor ``lora_B[0]``. Inference tensors do not count their
-    changes, so what contains one is packed at every call.
+    Args:
+        trained: gradients of a factor are recorded: they are packed anew, and nothing is kept.
     """
-    tensors = (*lora_A, *lora_B)
     pack = backends.get(backend).pack
-    if any(tensor.is_inference() for tensor in tensors):
+    if trained:
+        _expire(lora_B[0])
+    if trained or backend == "reference":  # which reads the factors themselves
         return pack(problem, lora_A, lora_B)
-    owner, key = lora_B[0], (backend, problem)
-    layer = _layers.get(id(owner))
-    if layer is None or layer.owner() is not owner:
-        layer = _layers[id(owner)] = _Layer(owner, id(owner))
-    stamp, found = layer.packed.get(key, (None, None))
+    tensors, storage = (*lora_A, *lora_B), lora_B[0].untyped_storage()
+    key = id(storage)
+    entry = _storages.get(key)
+    if entry is None:
+        owner = weakref.ref(storage, lambda _: _storages.pop(key, None))
+        entry = _storages[key] = (owner, {})
+    place = entry[1].setdefault(lora_B[0].data_ptr(), {})
+    stamp, found = place.get((backend, problem), (None, None))
     if stamp is None or not stamp.matches(tensors):
-        stamp, found = Stamp(tensors), pack(problem, lora_A, lora_B)
-        while len(layer.packed) >= _PROBLEMS_PER_LAYER:
-            layer.packed.pop(next(iter(layer.packed)))
-        layer.packed[key] = (stamp, found)
+        stamp, found = Stamp(tensors), pack(problem, lora_A, lora_B, out=found)
+        while len(place) >= _PROBLEMS_PER_PLACE and (backend, problem) not in place:
+            place.pop(next(iter(place)))
+        place[backend, problem] = (stamp, found)
     return found
+
+
+def _expire(first_B: Tensor) -> None:
+    """What is kept by this lora_B is about to be old. On a GPU its memory stays, for it is written
+    again: captured graphs read it."""
+    key = id(first_B.untyped_storage())
+    if first_B.is_cpu:
+        _storages.pop(key, None)
+        return
+    for place in _storages.get(key, (None, {}))[1].values():
+        for problem, (_, found) in list(place.items()):
+            place[problem] = (None, found)
+
+
+def refresh(lora_A: Sequence[Tensor], lora_B: Sequence[Tensor]) -> None:
+    """Packs again what is kept for these factors, after a change that nothing shows."""
+    _, places = _storages.get(id(lora_B[0].untyped_storage()), (None, {}))
+    kept = places.get(lora_B[0].data_ptr(), {})
+    for (backend, problem), (_, found) in list(kept.items()):
+        if problem.ranks == tuple(A.shape[0] for A in lora_A):
+            fresh = backends.get(backend).pack(problem, lora_A, lora_B, out=found)
+            kept[backend, problem] = (Stamp((*lora_A, *lora_B)), fresh)
 
 
 def gain_dtype(device: str) -> torch.dtype:
@@ -121,12 +171,37 @@ class PackedAdapters:
         )
         self._device = device
         self._forward = backends.get(self.backend).forward
-        self._stamp = Stamp((*lora_A, *lora_B) if sources is None else sources)
-        self._packed = backends.get(self.backend).pack(self.problem, lora_A, lora_B)
+        self._packed: Any = None
+        self.pack(lora_A, lora_B, sources)
+
+    def pack(
+        self,
+        lora_A: Sequence[Tensor],
+        lora_B: Sequence[Tensor],
+        sources: Sequence[Tensor] | None = None,
+    ) -> None:
+        """Packs these factors, of the shapes and on the device that were prepared.
+
+        On a GPU the memory of the last pack is written again, where captured graphs read it.
+        """
+        self._stamp: Stamp | None = Stamp((*lora_A, *lora_B) if sources is None else sources)
+        pack = backends.get(self.backend).pack
+        self._packed = pack(self.problem, lora_A, lora_B, out=self._packed)
+
+    def fits(self, lora_A: Sequence[Tensor], lora_B: Sequence[Tensor]) -> bool:
+        """True if these factors have the sizes and the device that were prepared."""
+        problem = self.problem
+        if lora_A[0].device != self._device or check_factors(lora_A, lora_B) != problem.ranks:
+            return False
+        return (lora_A[0].shape[1], lora_B[0].shape[0]) == (problem.d_in, problem.d_out)
+
+    def expire(self) -> None:
+        """What was packed is old from here on, whatever can be seen of it."""
+        self._stamp = None
 
     def holds(self, tensors: Sequence[Tensor]) -> bool:
         """True if these are the sources of what was packed, unchanged since."""
-        return self._stamp.matches(tensors)
+        return self._stamp is not None and self._stamp.matches(tensors)
 
     def apply(
         self,

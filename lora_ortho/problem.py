@@ -28,21 +28,25 @@ class Place(NamedTuple):
     row_offset: int = 0
     col_offset: int = 0
 
-    def check(self, tokens: int, d_out: int) -> None:
-        """Raise TypeError or ValueError unless every coordinate of the call is in its range."""
-        mask_stream.check_in_range("stream", self.stream, mask_stream.STREAM_LIMIT)
-        mask_stream.check_in_range("sample", self.sample, mask_stream.SAMPLE_LIMIT)
-        _check_span("row_offset", self.row_offset, tokens, mask_stream.ROW_LIMIT, "tokens")
-        _check_span("col_offset", self.col_offset, d_out, mask_stream.COL_LIMIT, "features")
+    def checked(self, tokens: int, d_out: int) -> Place:
+        """This place, with integers of other kinds as Python's; TypeError or ValueError unless
+        every coordinate of the call is in its range."""
+        return Place(
+            mask_stream.check_in_range("stream", self.stream, mask_stream.STREAM_LIMIT),
+            mask_stream.check_in_range("sample", self.sample, mask_stream.SAMPLE_LIMIT),
+            _check_span("row_offset", self.row_offset, tokens, mask_stream.ROW_LIMIT, "tokens"),
+            _check_span("col_offset", self.col_offset, d_out, mask_stream.COL_LIMIT, "features"),
+        )
 
 
-def _check_span(name: str, offset: int, length: int, limit: int, what: str) -> None:
-    mask_stream.check_in_range(name, offset, limit)
+def _check_span(name: str, offset: int, length: int, limit: int, what: str) -> int:
+    offset = mask_stream.check_in_range(name, offset, limit)
     if offset + length > limit:
         raise ValueError(
             f"{name} must leave room for {length} {what} below 2**{limit.bit_length() - 1}, "
             f"got {offset}"
         )
+    return offset
 
 
 @dataclass(frozen=True)
@@ -123,7 +127,7 @@ def check(
         ValueError: a shape, a device or a coordinate that does not fit. Each error names its
             argument, what it was and what it may be.
     """
-    _check_dtype("x", x)
+    check_dtype("x", x)
     if x.dim() == 0:
         raise ValueError("x must have shape (..., d_in), got a tensor without dimensions")
     d_in, ranks = x.shape[-1], check_factors(lora_A, lora_B)
@@ -138,11 +142,12 @@ def check(
             raise ValueError(f"{name} must be on the device of x, {x.device}, got {tensor.device}")
     if base is not None:
         _check_base(base, x, d_out)
-    place.check(math.prod(x.shape[:-1]), d_out)
+    place.checked(math.prod(x.shape[:-1]), d_out)
     return Problem(rule.method, rule.thresholds, d_in, d_out, ranks, x.dtype, x.device.type)
 
 
-def _check_dtype(name: str, tensor: Tensor) -> None:
+def check_dtype(name: str, tensor: Tensor) -> None:
+    """TypeError unless it is a tensor of one of ``DTYPES``."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
     if tensor.dtype not in DTYPES:
@@ -150,7 +155,7 @@ def _check_dtype(name: str, tensor: Tensor) -> None:
 
 
 def _check_base(base: Tensor, x: Tensor, d_out: int) -> None:
-    _check_dtype("base", base)
+    check_dtype("base", base)
     if base.dtype != x.dtype:
         raise TypeError(f"base must have the dtype of x, {x.dtype}, got {base.dtype}")
     wanted = (*x.shape[:-1], d_out)
@@ -199,7 +204,7 @@ def adapter_count(lora_A: Sequence[Tensor], lora_B: Sequence[Tensor]) -> int:
 def check_pair(A: Tensor, B: Tensor, name_A: str, name_B: str) -> None:
     """Raise unless A is (r, d_in) and B is (d_out, r), floating point, on one device, not empty."""
     for name, tensor, shape in ((name_A, A, "(r, d_in)"), (name_B, B, "(d_out, r)")):
-        _check_dtype(name, tensor)
+        check_dtype(name, tensor)
         if tensor.dim() != 2 or 0 in tensor.shape:
             raise ValueError(
                 f"{name} must have shape {shape} without zeros, got {tuple(tensor.shape)}"

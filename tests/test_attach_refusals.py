@@ -215,7 +215,7 @@ def test_set_refuses_without_a_change(
     with attach(model, seed=5, weights=[2.0, 1.0]) as handle:
         expected = model(X)
         with pytest.raises(error, match=part):
-            handle.set(**{"weights": [0.0, 0.0], **settings})
+            handle.set(**{"weights": [3.0, 4.0], **settings})
         assert torch.equal(model(X), expected)
 
 

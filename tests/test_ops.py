@@ -31,22 +31,23 @@ def _fresh_compiler(_poisoned: None) -> Iterator[None]:
 def op_arguments(backend: str, dtype: torch.dtype) -> tuple[Any, ...]:
     tensors = make(CASE, dtype)
     gains = torch.tensor([1.0, 2.0, 0.5], dtype=torch.float64)
-    call = ([20000, 40000, 60000], "orthogonal", 1, 2, 3, 4)
-    return (*tensors[:3], tensors.base, gains, torch.tensor(5), *call, backend)
+    call = ([20000, 40000, 60000], "orthogonal", 1, 2, 3, 4, backend, False)
+    return (*tensors[:3], tensors.base, gains, torch.tensor(5), None, *call)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_opcheck(backend: str, dtype: torch.dtype) -> None:
     """Schema, fakes, autograd registration and dynamic shapes, of both ops."""
-    x, lora_A, lora_B, base, gains, seed, *call, _ = op_arguments(backend, dtype)
+    x, lora_A, lora_B, base, gains, seed, _, *call = op_arguments(backend, dtype)
     forward = torch.ops.lora_ortho.forward.default
-    torch.library.opcheck(forward, (x, lora_A, lora_B, base, gains, seed, *call, backend))
-    torch.library.opcheck(forward, (x, lora_A, lora_B, None, gains, seed, *call, backend))
+    for base_or_none, coordinates in ((base, None), (None, torch.tensor([1, 2, 3, 4]))):
+        given = (x, lora_A, lora_B, base_or_none, gains, seed, coordinates, *call)
+        torch.library.opcheck(forward, given)
     backward = torch.ops.lora_ortho.backward.default
     s = x @ torch.cat(lora_A).T
     for needs in [(True,) * 4, (True, False, False, False), (False, True, True, False)]:
-        arguments = (base, x, s, lora_A, lora_B, gains, seed, *call, *needs, backend)
+        arguments = (base, x, s, lora_A, lora_B, gains, seed, None, *call, *needs)
         torch.library.opcheck(backward, arguments)
 
 

@@ -8,27 +8,26 @@ from typing import Any
 import pytest
 import torch
 from cases import make, same_rank
+from packs import NEEDS_KERNELS, count_packs
 from servers import Server
 
 from lora_ortho import fused_ortho_lora, packing
-from lora_ortho.backends import cpu, reference
+from lora_ortho.backends import cpu
 from lora_ortho.packing import PackedAdapters
 from lora_ortho.problem import METHODS, Place, Rule
 
+pytestmark = NEEDS_KERNELS
 CASE = same_rank(7, 12, 50, 3, 4)
 
 
 @pytest.fixture
 def packs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Counts how often the reference packs."""
-    counted: list[int] = []
-    pack = reference.pack
-    monkeypatch.setattr(reference, "pack", lambda *a: counted.append(1) or pack(*a))
-    return counted
+    """Counts how often the CPU backend packs."""
+    return count_packs(monkeypatch)
 
 
 def call(tensors: Any, **arguments: Any) -> torch.Tensor:
-    return fused_ortho_lora(*tensors[:3], **{"seed": 1, "backend": "reference", **arguments})
+    return fused_ortho_lora(*tensors[:3], **{"seed": 1, "backend": "cpu", **arguments})
 
 
 def test_the_op_packs_once(packs: list[int]) -> None:
@@ -74,7 +73,7 @@ def test_alternating_first_factors_with_the_same_others(packs: list[int]) -> Non
     """The cache hangs on lora_B[0]; a different lora_A beside it is noticed."""
     tensors, other = make(CASE, torch.float32), make(CASE, torch.float32, seed=1)
     first = call(tensors)
-    second = fused_ortho_lora(tensors.x, other.lora_A, tensors.lora_B, seed=1, backend="reference")
+    second = fused_ortho_lora(tensors.x, other.lora_A, tensors.lora_B, seed=1, backend="cpu")
     assert len(packs) == 2
     assert not torch.equal(first, second)
     assert torch.equal(call(tensors), first)
@@ -82,13 +81,13 @@ def test_alternating_first_factors_with_the_same_others(packs: list[int]) -> Non
 
 def test_packed_factors_die_with_their_tensors() -> None:
     gc.collect()
-    before = len(packing._layers)
+    before = len(packing._storages)
     tensors = make(CASE, torch.float32)
     call(tensors)
-    assert len(packing._layers) == before + 1
+    assert len(packing._storages) == before + 1
     del tensors
     gc.collect()
-    assert len(packing._layers) == before
+    assert len(packing._storages) == before
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -125,7 +124,6 @@ def test_prepared_defaults_are_those_of_the_op(server: Server) -> None:
     assert not prepared.holds([*tensors.lora_A, *tensors.lora_B])
 
 
-@pytest.mark.skipif(cpu.unavailable() is not None, reason=f"no kernels: {cpu.unavailable()}")
 def test_the_cap_on_the_instruction_set_is_obeyed(monkeypatch: pytest.MonkeyPatch) -> None:
     tensors = make(CASE, torch.float32)
     for isa in cpu.instruction_sets():

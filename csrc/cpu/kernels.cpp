@@ -27,11 +27,15 @@ void plan(Header& h, const std::int64_t* ranks) {
 
 void pack(const lora_ortho_factors& f, void* packed) {
     const Header& h = *static_cast<const Header*>(packed);
-    std::memset(static_cast<char*>(packed) + h.section[0], 0, h.bytes - h.section[0]);
-    f.dtype == LORA_ORTHO_FLOAT64 ? pack_float<double>(f, packed) : pack_float<float>(f, packed);
+    std::memset(static_cast<char*>(packed) + h.section[4], 0, h.bytes - h.section[4]);
+    run_team(pack_threads(h), [&](const Team& team) {
+        f.dtype == LORA_ORTHO_FLOAT64 ? pack_float<double>(f, packed, team)
+                                      : pack_float<float>(f, packed, team);
 #if defined(__AMX_BF16__)
-    f.dtype == LORA_ORTHO_BFLOAT16 ? pack_tiles<1>(f, packed) : pack_tiles<3>(f, packed);
+        f.dtype == LORA_ORTHO_BFLOAT16 ? pack_tiles<1>(f, packed, team)
+                                       : pack_tiles<3>(f, packed, team);
 #endif
+    });
 }
 
 void forward(const void* packed, const lora_ortho_call& call, const lora_ortho_matrix& x,

@@ -213,6 +213,20 @@ LORA_ORTHO_INLINE void store_compute<bfloat16, float>(bfloat16* p, Vec<float> fi
 }
 #endif
 
+// a[first], b[first], a[first + 1], b[first + 1], ...
+template <class T, int first>
+LORA_ORTHO_INLINE Vec<T> interleave(Vec<T> a, Vec<T> b) {
+#if defined(__clang__)
+    Vec<T> out;
+    for (int i = 0; i < kLanes<T>; ++i) out[i] = i % 2 ? b[first + i / 2] : a[first + i / 2];
+    return out;
+#else
+    Vec<std::conditional_t<sizeof(T) == 4, std::int32_t, std::int64_t>> lanes{};
+    for (int i = 0; i < kLanes<T>; ++i) lanes[i] = first + i / 2 + i % 2 * kLanes<T>;
+    return __builtin_shuffle(a, b, lanes);
+#endif
+}
+
 // 64-bit products of the low halves of 64-bit lanes.
 LORA_ORTHO_INLINE Vec<std::uint64_t> mul_wide(Vec<std::uint64_t> a, Vec<std::uint64_t> b) {
 #if defined(__AVX512F__)

@@ -57,9 +57,20 @@ void plan_tiles(Header& h) {
                     bytes(backward, h.d_out, narrow * K), bytes(backward, narrow * K, h.d_in)});
 }
 
-// Sections 4 to 7. The buffer is zeroed.
+// Element (i, j) of a factor, whatever its storage type.
+LORA_ORTHO_INLINE double element(const lora_ortho_matrix& m, std::int64_t i, std::int64_t j) {
+    const std::ptrdiff_t at = i * m.row_stride + j * m.col_stride;
+    switch (m.dtype) {
+        case LORA_ORTHO_FLOAT32: return static_cast<const float*>(m.data)[at];
+        case LORA_ORTHO_BFLOAT16: return to_compute(static_cast<const bfloat16*>(m.data)[at]);
+        case LORA_ORTHO_FLOAT16: return to_compute(static_cast<const float16*>(m.data)[at]);
+        default: return static_cast<const double*>(m.data)[at];
+    }
+}
+
+// Sections 4 to 7, this member's share. They are zeroed.
 template <int P>
-void pack_tiles(const lora_ortho_factors& f, void* packed) {
+void pack_tiles(const lora_ortho_factors& f, void* packed, const Team& team) {
     const TileLayout l(packed, P);
     auto put = [&](int section, std::int64_t step, std::int64_t column, float value)
                    __attribute__((always_inline)) {
@@ -70,14 +81,21 @@ void pack_tiles(const lora_ortho_factors& f, void* packed) {
     };
     const bool shrink = l.h.path & kTileShrink, backward = l.h.path & kTileBackward;
     const bool expand = (l.h.path & kExpandMask) == kExpandTiles;
+    auto share = [&](std::int64_t count, bool end) {
+        const std::int64_t blocks = ceil_div(count, kPackBlock);
+        const std::int64_t at = (end ? team.end(blocks) : team.begin(blocks)) * kPackBlock;
+        return at < count ? at : count;
+    };
+    const std::int64_t first_i = share(l.h.d_in, false), last_i = share(l.h.d_in, true);
+    const std::int64_t first_n = share(l.h.d_out, false), last_n = share(l.h.d_out, true);
     for (int j = 0; j < f.adapters; ++j)
         for (std::int64_t k = 0; k < l.ranks[j]; ++k) {
-            for (std::int64_t i = 0; i < l.h.d_in; ++i) {
+            for (std::int64_t i = first_i; i < last_i; ++i) {
                 const float a = static_cast<float>(element(f.lora_A[j], k, i));
                 if (shrink) put(4, i, l.rank_begin[j] + k, a);
                 if (backward) put(7, j * l.narrow + k, i, a);
             }
-            for (std::int64_t n = 0; n < l.h.d_out; ++n) {
+            for (std::int64_t n = first_n; n < last_n; ++n) {
                 const float b = static_cast<float>(element(f.lora_B[j], n, k));
                 if (expand) put(5, j * l.wide + k, n, b);
                 if (backward) put(6, n, j * l.narrow + k, b);

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import nn
 
 from lora_ortho import backends
 from lora_ortho.mask_stream import SAMPLE_LIMIT, check_in_range, check_seed
-from lora_ortho.problem import Rule, finite_numbers
+from lora_ortho.problem import finite_numbers
 
 from . import peft_layers
 from .components import Named, components
@@ -24,7 +24,7 @@ from .peft_checks import (
     tuner_layers,
     warn_of_changed_bases,
 )
-from .peft_layers import LayerMerge, Settings
+from .peft_layers import LayerMerge, Shared
 from .report import SKIPPED, Handle, LayerReport, served_how
 
 _KEEP: Any = object()  # "leave this setting as it is"; None means something else
@@ -42,12 +42,12 @@ class Attachment(Handle):
         self,
         layers: Mapping[str, nn.Module],
         report: Sequence[LayerReport],
-        settings: Settings,
+        shared: Shared,
         activated: list[tuple[Any, Any]],
     ) -> None:
         self.layers: Mapping[str, nn.Module] = MappingProxyType(dict(layers))
         self.report = tuple(sorted(report, key=lambda entry: entry.name))
-        self._settings = settings
+        self._shared = shared
         self._activated = activated  # layers, and what was active on them before
 
     def set(
@@ -78,31 +78,40 @@ class Attachment(Handle):
         }
         changes = {name: value for name, value in given.items() if value is not _KEEP}
         for name in {"p", "weights"} & set(changes):
-            changes[name] = _by_adapter(name, changes[name], self._settings.order)
-        fresh = dataclasses.replace(self._settings, **changes)
+            changes[name] = _by_adapter(name, changes[name], self._shared.order)
+        fresh = dataclasses.replace(self._shared, **changes)
         _check(fresh, {name: fresh.names(layer) for name, layer in self.layers.items()})
-        for name, value in changes.items():
-            setattr(self._settings, name, value)
-        for layer in self.layers.values() if changes.keys() - {"seed", "sample"} else ():
-            merge = peft_layers.of(layer)
-            if merge is not None:
-                merge.prepare(layer, self._settings.names(layer))
+        for name in changes:
+            setattr(self._shared, name, getattr(fresh, name))
+        for layer, merge in self._merges():
+            merge.prepare(layer, self._shared.names(layer))
         return self
+
+    def refresh(self) -> None:
+        """Packs all factors again, after a change that nothing shows: a few elements written
+        through ``.data``; on a GPU, frozen factors written past their version counters."""
+        for layer, merge in self._merges():
+            merge.refresh(layer)
+
+    def _merges(self) -> Iterator[tuple[Any, LayerMerge]]:
+        """The layers that are still attached by this handle."""
+        for layer in self.layers.values():
+            merge = peft_layers.of(layer)
+            if merge is not None and merge.shared is self._shared:
+                yield layer, merge
 
     def detach(self) -> None:
         """Gives every layer its own class back; a second call does nothing."""
-        for layer in self.layers.values():
-            merge = peft_layers.of(layer)
-            if merge is not None and merge.settings is self._settings:
-                peft_layers.take(layer)
+        for layer, _ in self._merges():
+            peft_layers.take(layer)
         for layer, before in self._activated:
-            if layer._active_adapter == list(self._settings.order):  # else changed since
+            if layer._active_adapter == list(self._shared.order):  # else changed since
                 layer._active_adapter = before
         self._activated = []
 
     def __repr__(self) -> str:
         skipped = sum(entry.how == SKIPPED for entry in self.report)
-        names = ", ".join(self._settings.order)
+        names = ", ".join(self._shared.order)
         return f"Attachment({len(self.layers)} layers, {skipped} skipped, adapters: {names})"
 
 
@@ -116,6 +125,7 @@ def attach(
     seed: int | None = None,
     backend: str | None = None,
     on_unsupported: str = "error",
+    keep_zero_weights: bool = False,
 ) -> Attachment:
     """Merges the active adapters of every PEFT LoRA layer at run time, in place.
 
@@ -131,10 +141,12 @@ def attach(
         adapters: names in merge order; they are made active until `detach`. None takes those that
             are active.
         p: a dropout rate for each of them; None gives 1 - 1/K on a layer where K are active.
-        weights: a merge weight for each of them; None is 1. PEFT's scaling counts besides.
+        weights: a merge weight for each of them; None is 1. PEFT's scaling counts besides. An
+            adapter of weight 0 is off: it owns no element and does not count in K.
         method, seed, backend: as for `FusedOrthoLoRALinear`.
         on_unsupported: "error", or "skip" to leave a layer that cannot be merged to PEFT; the
             report then says why.
+        keep_zero_weights: adapters of weight 0 own their share of the elements all the same.
     Returns:
         A handle with `report`, `set` and `detach`; `with attach(...)` detaches at the end.
     Raises:
@@ -146,7 +158,9 @@ def attach(
     layers = tuner_layers(model)
     order, activate = pick(adapters, layers), adapters is not None
     rates, merge_weights = _by_adapter("p", p, order), _by_adapter("weights", weights, order)
-    settings = Settings(order, rates, merge_weights, method, seed, 0, backend)
+    shared = Shared(
+        order, rates, merge_weights, method, seed, 0, backend, bool(keep_zero_weights)
+    )
     problems = [*model_problems(model, order), *layer_problems(layers, order, activate)]
     if on_unsupported == "error":
         raise_problems([problem for problem in problems if problem.adapters])
@@ -155,19 +169,19 @@ def attach(
     members = {e.name: merged_on(e.module, order, activate) for e in chosen}
     if not any(members.values()):
         raise_problems(problems)
-    _check(settings, members)
+    _check(shared, members)
     warn_of_changed_bases(model, order)
-    report = [_report(entry, members[entry.name], settings) for entry in chosen]
+    report = [_report(entry, members[entry.name], shared) for entry in chosen]
     report += [problem.report() for problem in problems]
     merges = []
     for entry in chosen:
-        merge = LayerMerge(type(entry.module), entry.name, entry.stream, settings)
+        merge = LayerMerge(type(entry.module), entry.name, entry.stream, shared)
         merge.prepare(entry.module, members[entry.name])
         merges.append((entry.module, merge))
     for layer, merge in merges:
         peft_layers.put(layer, merge)
     activated = _activate(layers, order) if activate else []
-    return Attachment({e.name: e.module for e in chosen}, report, settings, activated)
+    return Attachment({e.name: e.module for e in chosen}, report, shared, activated)
 
 
 def detach(model: Any) -> int:
@@ -203,26 +217,35 @@ def _by_adapter(
     return dict(zip(order, finite_numbers(name, values, len(order)), strict=True))
 
 
-def _check(settings: Settings, members: Mapping[str, tuple[str, ...]]) -> None:
+def _check(shared: Shared, members: Mapping[str, tuple[str, ...]]) -> None:
     """Raises unless the settings work on layers with these adapters, naming what does not."""
-    if settings.seed is not None:
-        check_seed(settings.seed)
-    check_in_range("sample", settings.sample, SAMPLE_LIMIT)
-    backends.check_name(settings.backend)
-    reason = None if settings.backend is None else backends.available()[settings.backend]
+    if shared.seed is not None:
+        shared.seed = _int_seed(shared.seed)
+    shared.sample = check_in_range("sample", shared.sample, SAMPLE_LIMIT)
+    backends.check_name(shared.backend)
+    reason = None if shared.backend is None else backends.available()[shared.backend]
     if reason is not None:
-        raise ValueError(f"backend {settings.backend!r} does not work here: {reason}")
+        raise ValueError(f"backend {shared.backend!r} does not work here: {reason}")
     for layer, names in members.items():
         if not names:
             continue
         try:
-            Rule.make(len(names), settings.rates(names), None, settings.method)
+            shared.choice(names, [1.0] * len(names)).mix()
         except ValueError as error:
             raise ValueError(f"layer {layer}: {error}") from error
 
 
-def _report(entry: Named, names: tuple[str, ...], settings: Settings) -> LayerReport:
+def _int_seed(seed: Any) -> int:
+    checked = check_seed(seed)
+    if not isinstance(checked, int):
+        raise TypeError("seed must be an int or None, got a tensor")
+    return checked
+
+
+def _report(entry: Named, names: tuple[str, ...], shared: Shared) -> LayerReport:
     layer: Any = entry.module
+    mix = shared.choice(names, [1.0] * len(names)).mix()
+    names = tuple(names[j] for j in mix.members)
     ranks = tuple(layer.r[name] for name in names)
     how, why = served_how(layer.base_layer)
-    return LayerReport(entry.name, entry.stream, names, ranks, settings.rates(names), how, why)
+    return LayerReport(entry.name, entry.stream, names, ranks, mix.p, how, why)

@@ -105,7 +105,7 @@ def element_disjoint(
     """
     rule = _rule(adapters, "orthogonal")
     d_out, d_in = adapters[0].lora_B.shape[0], adapters[0].lora_A.shape[1]
-    Place(stream, sample).check(d_out, d_in + 1)
+    Place(stream, sample).checked(d_out, d_in + 1)
     dtype, device = _wide(adapters), adapters[0].lora_B.device
     joined = torch.zeros(d_out, d_in + 1, dtype=dtype, device=device)
     drawn = mask_stream.draws(seed, range(d_out), range(d_in + 1), stream=stream, sample=sample)

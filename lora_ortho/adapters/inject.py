@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from lora_ortho.mask_stream import SAMPLE_LIMIT, check_in_range, seed_tensor
+from lora_ortho.mixing import Mix
 from lora_ortho.module import Adapter, FusedOrthoLoRALinear
 from lora_ortho.problem import finite_numbers
 
@@ -45,6 +45,7 @@ class Injection(Handle):
         self.layers: Mapping[str, FusedOrthoLoRALinear] = MappingProxyType(layers)
         self.report = report
         self._members = members  # which adapters, by index, each layer has
+        self._count = 1 + max(index for indices in members.values() for index in indices)
         self._attached = True
 
     def set(
@@ -53,6 +54,7 @@ class Injection(Handle):
         method: str = _KEEP,
         seed: int | None = _KEEP,
         sample: int = _KEEP,
+        p: Sequence[float] | None = _KEEP,
         weights: Sequence[float] | None = _KEEP,
     ) -> Injection:
         """Changes settings of all layers at once; those not given stay.
@@ -61,32 +63,40 @@ class Injection(Handle):
             method: "orthogonal", "dropout" or "direct".
             seed: None for a fresh one at every forward, or an int.
             sample: which Monte Carlo draw, in [0, 2**24).
-            weights: a merge weight for each adapter given to `inject`; None is 1.
+            p, weights: a rate and a merge weight for each adapter given to `inject`; None is
+                1 - 1/K on a layer where K take part, and 1.
         Raises:
             TypeError, ValueError: by name; then no layer has changed.
         """
-        count = 1 + max(index for members in self._members.values() for index in members)
-        values = None if weights is _KEEP else finite_numbers("weights", weights, count)
-        if seed is not _KEEP and seed is not None:
-            seed_tensor(seed)
-        if sample is not _KEEP:
-            check_in_range("sample", sample, SAMPLE_LIMIT)
-        before = {n: (m.method, m.seed, m.sample, m.weights) for n, m in self.layers.items()}
+        given: dict[str, Any] = {"method": method, "seed": seed, "sample": sample}
+        changes = {name: value for name, value in given.items() if value is not _KEEP}
+        each: dict[str, Sequence[float]] = {}
+        for name, numbers in (("p", p), ("weights", weights)):
+            if numbers is not _KEEP:
+                changes[name] = numbers
+                if numbers is not None or name == "weights":
+                    each[name] = finite_numbers(name, numbers, self._count)
+        layers = self.layers.values()
+        before = {layer: {name: getattr(layer, name) for name in changes} for layer in layers}
         try:
             for name, layer in self.layers.items():
-                if method is not _KEEP and method != layer.method:  # a change packs anew
-                    layer.method = method
-                if seed is not _KEEP:
-                    layer.seed = seed
-                if sample is not _KEEP:
-                    layer.sample = sample
-                if values is not None:
-                    layer.weights = [values[index] for index in self._members[name]]
+                for setting, value in changes.items():
+                    if setting in each:
+                        value = [each[setting][index] for index in self._members[name]]
+                    if getattr(layer, setting) != value:  # a change packs anew
+                        setattr(layer, setting, value)
         except (TypeError, ValueError):
-            for name, layer in self.layers.items():
-                layer.method, layer.seed, layer.sample, layer.weights = before[name]
+            for layer, values in before.items():
+                for setting, value in values.items():
+                    setattr(layer, setting, value)
             raise
         return self
+
+    def refresh(self) -> None:
+        """Packs all factors again, after a change that nothing shows: a few elements written
+        through ``.data``; on a GPU, frozen factors written past their version counters."""
+        for layer in self.layers.values():
+            layer.refresh()
 
     def detach(self) -> None:
         """Puts the model's own layers back; a second call does nothing.
@@ -117,6 +127,7 @@ def inject(
     method: str = "orthogonal",
     seed: int | None = None,
     backend: str | None = None,
+    keep_zero_weights: bool = False,
 ) -> Injection:
     """Replaces every adapted linear layer and convolution of a model by a fused one, in place.
 
@@ -128,8 +139,8 @@ def inject(
             pipeline whose parts have.
         adapters: from `load_adapter`; their order is the merge order.
         p: a dropout rate for each adapter; None gives 1 - 1/K on a layer that K of them adapt.
-        weights: a merge weight for each adapter; None is 1.
-        method, seed, backend: as for `FusedOrthoLoRALinear`.
+        weights: a merge weight for each adapter; None is 1. An adapter of weight 0 is off.
+        method, seed, backend, keep_zero_weights: as for `FusedOrthoLoRALinear`.
     Returns:
         A handle with `report`, `set` and `detach`; `with inject(...)` detaches at the end.
     Raises:
@@ -146,21 +157,21 @@ def inject(
     for name in sorted({name for adapter in adapters for name in adapter.layers}):
         chosen = tuple(j for j, adapter in enumerate(adapters) if name in adapter.layers)
         site, shape = _site(modules, name, adapters[chosen[0]].name)
-        default = 1.0 - 1.0 / len(chosen)
         found = [
-            _placed(adapters[j], site, shape, merge_weights[j], rates[j] if rates else default)
+            _placed(adapters[j], site, shape, merge_weights[j], rates[j] if rates else None)
             for j in chosen
         ]
         kind: Any = OrthoLoRAConvolution if shape.kernel else FusedOrthoLoRALinear
         try:
             layers[name] = kind(
-                site.module, found, method=method, seed=seed, stream=site.stream, backend=backend
-            )
+                site.module, found, method=method, seed=seed, stream=site.stream, backend=backend,
+                keep_zero_weights=keep_zero_weights,
+            )  # fmt: skip
         except ValueError as error:
             raise ValueError(f"layer {name}: {error}") from error
         layers[name].train(site.module.training)
         members[name] = chosen
-        report.append(_report(site, found))
+        report.append(_report(site, found, layers[name].mix))
     for name, layer in layers.items():
         _put(model, name, layer)
     return Injection(model, layers, members, tuple(report))
@@ -223,7 +234,9 @@ def _site(modules: Mapping[str, Named], name: str, adapter: str) -> tuple[Named,
     return entry, shape
 
 
-def _placed(adapter: LoadedAdapter, site: Named, wanted: Shape, weight: float, p: float) -> Adapter:
+def _placed(
+    adapter: LoadedAdapter, site: Named, wanted: Shape, weight: float, p: float | None
+) -> Adapter:
     """One layer's part of an adapter, on the layer's device, with its weight and rate."""
     part = adapter.layers[site.name]
     kernel = adapter.kernels.get(site.name, ())
@@ -244,9 +257,9 @@ def _placed(adapter: LoadedAdapter, site: Named, wanted: Shape, weight: float, p
     )
 
 
-def _report(site: Named, adapters: Sequence[Adapter]) -> LayerReport:
-    ranks = tuple(adapter.lora_A.shape[0] for adapter in adapters)
-    names = tuple(str(adapter.name) for adapter in adapters)
-    p = tuple(float(adapter.p or 0.0) for adapter in adapters)
+def _report(site: Named, adapters: Sequence[Adapter], mix: Mix) -> LayerReport:
+    chosen = [adapters[j] for j in mix.members]
+    ranks = tuple(adapter.lora_A.shape[0] for adapter in chosen)
+    names = tuple(str(adapter.name) for adapter in chosen)
     how, why = served_how(site.module)
-    return LayerReport(site.name, site.stream, names, ranks, p, how, why)
+    return LayerReport(site.name, site.stream, names, ranks, mix.p, how, why)

@@ -14,9 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_ortho.module import Adapter, FusedOrthoLoRALinear, is_fresh
+from lora_ortho.mixing import Choice, Mixer, Settings, Traced
+from lora_ortho.module import is_fresh
+from lora_ortho.problem import Place
 
-from .convolution import Sizes, selectors
+from .convolution import selectors
 
 # PEFT's classes by name: those of quantised layers exist only where their package is installed.
 _LINEAR = """
@@ -36,14 +38,14 @@ _ATTRIBUTE = "_lora_ortho"
 
 
 @dataclass
-class Settings:
+class Shared:
     """What the layers of one attachment share.
 
     Attributes:
         order: adapters in merge order; others that become active follow in PEFT's order.
-        p: dropout rates by adapter; None gives 1 - 1/K on a layer where K are active.
+        p: dropout rates by adapter; None gives 1 - 1/K on a layer where K take part.
         weights: merge weights by adapter; 1 where there is none, and for None.
-        method, seed, sample, backend: as for `FusedOrthoLoRALinear`.
+        method, seed, sample, backend, keep_zero_weights: as for `FusedOrthoLoRALinear`.
     """
 
     order: tuple[str, ...]
@@ -53,6 +55,7 @@ class Settings:
     seed: int | None
     sample: int
     backend: str | None
+    keep_zero_weights: bool
 
     def names(self, layer: Any) -> tuple[str, ...]:
         """The layer's active adapters, in merge order."""
@@ -60,29 +63,19 @@ class Settings:
         first = [name for name in self.order if name in active]
         return tuple(dict.fromkeys([*first, *active]))
 
-    def rates(self, names: Sequence[str]) -> tuple[float, ...]:
-        """The dropout rate of each; ValueError names one for which none was given."""
-        if self.p is None or not names:
-            return (1.0 - 1.0 / max(len(names), 1),) * len(names)
-        for name in names:
-            if name not in self.p:
-                raise ValueError(
-                    f"p holds no rate for adapter {name!r}, which became active after attach; it "
-                    f"has rates for {', '.join(self.p)}"
-                )
-        return tuple(self.p[name] for name in names)
-
-
-class _Merge(FusedOrthoLoRALinear):
-    """The merge of one layer on tensors that belong to somebody else, given at every call."""
-
-    def __init__(self, adapters: Sequence[Adapter], method: str, backend: str | None) -> None:
-        A, B = adapters[0].lora_A, adapters[0].lora_B
-        super().__init__(Sizes(A.shape[1], B.shape[0]), adapters, method=method, backend=backend)
-        self.sources: list[Tensor] = []
-
-    def _tensors(self) -> list[Tensor]:
-        return self.sources
+    def choice(self, names: Sequence[str], scaling: Sequence[float]) -> Choice:
+        """How these adapters are mixed; ValueError names one for which no rate was given."""
+        p: tuple[float | None, ...] = (None,) * len(names)
+        if self.p is not None:
+            for name in names:
+                if name not in self.p:
+                    raise ValueError(
+                        f"p holds no rate for adapter {name!r}, which became active after attach; "
+                        f"it has rates for {', '.join(self.p)}"
+                    )
+            p = tuple(self.p[name] for name in names)
+        weights = tuple((self.weights or {}).get(name, 1.0) for name in names)
+        return Choice(self.method, p, tuple(scaling), weights, self.keep_zero_weights)
 
 
 @dataclass(eq=False)
@@ -92,15 +85,16 @@ class LayerMerge:
     Attributes:
         plain_class: the layer's class before.
         name, stream: of the layer in the model.
-        settings: of the whole attachment.
+        shared: of the whole attachment.
     """
 
     plain_class: type
     name: str
     stream: int
-    settings: Settings
-    _merge: _Merge | None = field(default=None, repr=False)
-    _spec: tuple[Any, ...] = field(default=(), repr=False)
+    shared: Shared
+    _mixer: Mixer = field(default_factory=lambda: Mixer(()), repr=False)
+    _settings: tuple[Choice, Settings] | None = field(default=None, repr=False)
+    _traced: tuple[tuple[str, ...], Traced] | None = field(default=None, repr=False)
 
     def add(self, layer: Any, x: Tensor, y: Tensor, names: tuple[str, ...]) -> Tensor:
         """The adapters' share for x, added to the base's y; layouts as the base has them."""
@@ -114,19 +108,28 @@ class LayerMerge:
         if is_convolution(layer) or drops:
             return self._add_spread(layer, x, y, names, B, biases)
         A = [layer.lora_A[name].weight for name in names]
-        merge = self._prepared(layer, names, A, B, biases)
-        return merge.add(x, y, in_place=is_fresh(layer.base_layer))
+        return self._mixed(layer, names, x, y, A, B, biases, in_place=is_fresh(layer.base_layer))
 
     def prepare(self, layer: Any, names: tuple[str, ...]) -> None:
         """Makes ready what the next call needs, so that a compiled one finds it."""
-        if not names:
-            return
-        A, B = ([part[n].weight for n in names] for part in (layer.lora_A, layer.lora_B))
-        biases = [layer.lora_B[name].bias for name in names]
-        if is_convolution(layer):
-            B = [weight.flatten(1) for weight in B]
-            A = list(selectors(tuple(b.shape[1] for b in B), B[0].dtype, B[0].device))
-        self._prepared(layer, names, A, B, biases)
+        self._traced = None
+        if names:
+            self._have_mixer([layer.lora_B[name].bias for name in names])
+            settings = self._now(layer, names, [1.0] * len(names))
+            self._traced = (names, Traced(settings, layer.lora_B[names[0]].weight.device))
+
+    def refresh(self, layer: Any) -> None:
+        """Packs the factors again, after a change that nothing shows."""
+        names = self.shared.names(layer)
+        if names:
+            A, B = ([part[n].weight for n in names] for part in (layer.lora_A, layer.lora_B))
+            biases = [layer.lora_B[name].bias for name in names]
+            if is_convolution(layer):
+                B = [weight.flatten(1) for weight in B]
+                A = list(selectors(tuple(b.shape[1] for b in B), B[0].dtype, B[0].device))
+            scaling = [float(layer.scaling[name]) for name in names]
+            settings = self._now(layer, names, scaling)
+            self._mixer.refresh(_joined(A, B, biases), settings)
 
     def _add_spread(
         self,
@@ -147,43 +150,80 @@ class LayerMerge:
         joined = torch.cat(s, dim=channel).movedim(channel, -1)  # (..., Σ r)
         flat = [weight.flatten(1) for weight in B]
         ranks = tuple(weight.shape[1] for weight in flat)
-        merge = self._prepared(layer, names, selectors(ranks, y.dtype, y.device), flat, biases)
-        result = merge.add(joined, y.movedim(channel, -1)).movedim(-1, channel)
+        A = selectors(ranks, y.dtype, y.device)
+        y_last = y.movedim(channel, -1)
+        result = self._mixed(layer, names, joined, y_last, A, flat, biases).movedim(-1, channel)
         return result.contiguous() if y.is_contiguous() else result
 
-    def _prepared(
+    def _mixed(
         self,
         layer: Any,
         names: tuple[str, ...],
+        x: Tensor,
+        y: Tensor,
         A: Sequence[Tensor],
         B: Sequence[Tensor],
         biases: Sequence[Tensor | None],
-    ) -> _Merge:
-        """A merge for these tensors; made anew where more changed than their values."""
-        settings = self.settings
-        scaling = tuple(float(layer.scaling[name]) for name in names)  # may change between calls
-        weights = tuple((settings.weights or {}).get(name, 1.0) for name in names)
-        p = settings.rates(names)
-        shapes = tuple((a.shape, b.shape, c is None) for a, b, c in zip(A, B, biases, strict=True))
-        spec = (names, scaling, weights, p, shapes, settings.method)
-        merge = self._merge
-        if merge is None or spec != self._spec:
-            adapters = [
-                Adapter(_shape_of(a), _shape_of(b), s, w, q, None if c is None else _shape_of(c))
-                for a, b, c, s, w, q in zip(A, B, biases, scaling, weights, p, strict=True)
-            ]
+        *,
+        in_place: bool = False,
+    ) -> Tensor:
+        self._have_mixer(biases)
+        tensors = _joined(A, B, biases)
+        if torch.compiler.is_compiling():
+            return self._mixed_traced(layer, names, x, y, tensors)
+        scaling = [float(layer.scaling[name]) for name in names]  # may change between calls
+        settings = self._now(layer, names, scaling)
+        return self._mixer.add(x, y, tensors, settings, in_place)
+
+    def _have_mixer(self, biases: Sequence[Tensor | None]) -> None:
+        biased = tuple(bias is not None for bias in biases)
+        if biased != self._mixer.biased:
+            self._mixer = Mixer(biased)
+
+    def _mixed_traced(
+        self, layer: Any, names: tuple[str, ...], x: Tensor, y: Tensor, tensors: list[Tensor]
+    ) -> Tensor:
+        """For torch.compile. Scalings may be tensors, as PEFT has them in a model that is ready for
+        hot swaps; as floats they become dynamic when one changes."""
+        traced = self._traced[1] if self._traced is not None and self._traced[0] == names else None
+        if traced is None:
+            traced = Traced(self._now(layer, names, [1.0] * len(names)), x.device)
+        kept = [layer.scaling[names[j]] for j in traced.members]
+        scaling = torch.stack([_scalar(value, traced.gains) for value in kept]) if kept else None
+        return self._mixer.add_traced(x, y, tensors, traced, scaling)
+
+    def _now(self, layer: Any, names: tuple[str, ...], scaling: Sequence[float]) -> Settings:
+        """The settings of a call that is made now."""
+        shared = self.shared
+        choice = shared.choice(names, scaling)
+        known = self._settings
+        if known is not None and known[0] == choice:
+            mix = known[1].mix
+        else:
             try:
-                merge = _Merge(adapters, settings.method, settings.backend)
+                mix = choice.mix()
             except ValueError as error:
                 raise ValueError(f"layer {self.name}: {error}") from error
-            self._merge, self._spec = merge, spec
-        merge.sources = [*A, *B, *(bias for bias in biases if bias is not None)]
-        merge.stream, merge.seed, merge.sample = self.stream, settings.seed, settings.sample
-        merge.backend = settings.backend
-        return merge
+        settings = Settings(mix, shared.seed, Place(self.stream, shared.sample), shared.backend)
+        self._settings = (choice, settings)
+        return settings
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_merge": None, "_spec": ()}
+        return {**self.__dict__, "_mixer": Mixer(self._mixer.biased), "_settings": None}
+
+
+def _joined(
+    A: Sequence[Tensor], B: Sequence[Tensor], biases: Sequence[Tensor | None]
+) -> list[Tensor]:
+    """The tensors of a layer as a `Mixer` takes them."""
+    return [*A, *B, *(bias for bias in biases if bias is not None)]
+
+
+def _scalar(value: Any, like: Tensor) -> Tensor:
+    """A number, or a tensor of one element, as a tensor beside another."""
+    if isinstance(value, Tensor):
+        return value.reshape(()).to(like.device, like.dtype)
+    return torch.full((), value, dtype=like.dtype, device=like.device)
 
 
 class _Attached:
@@ -192,7 +232,7 @@ class _Attached:
     def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """As PEFT's, but active adapters are merged by the method of the attachment."""
         merge: LayerMerge = self._lora_ortho
-        names = () if self.disable_adapters or self.merged else merge.settings.names(self)
+        names = () if self.disable_adapters or self.merged else merge.shared.names(self)
         if not names:
             return super().forward(x, *args, **kwargs)  # type: ignore[misc, no-any-return]
         if kwargs.pop("adapter_names", None) is not None:
@@ -269,9 +309,3 @@ def why_not(layer: Any, names: Sequence[str]) -> str | None:
 
 def _drops(dropout: nn.Module) -> bool:
     return float(getattr(dropout, "p", 0.0)) > 0.0
-
-
-def _shape_of(tensor: Tensor) -> Tensor:
-    """A tensor of that shape, dtype and device that takes no memory."""
-    with torch.inference_mode(False):
-        return torch.empty((), dtype=tensor.dtype, device=tensor.device).expand(tensor.shape)

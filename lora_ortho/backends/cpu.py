@@ -54,8 +54,26 @@ def supports(problem: Problem) -> str | None:
     return None
 
 
-def pack(problem: Problem, lora_A: Sequence[Tensor], lora_B: Sequence[Tensor]) -> Packed:
-    """Factors in the kernels' own layout and compute dtype; see ``backends.reference.pack``."""
+def sampler(tensors: Sequence[Tensor]) -> Any:
+    """Something whose ``hash()`` is that of a few elements of each CPU tensor of up to two
+    dimensions, as they are now; None without the compiled part."""
+    if _REASON is not None:
+        return None
+    matrices = [tensor if tensor.dim() == 2 else tensor.unsqueeze(0) for tensor in tensors]
+    return _C.Sampler([(*matrix(t), *t.shape, t.element_size()) for t in matrices])
+
+
+def pack(
+    problem: Problem,
+    lora_A: Sequence[Tensor],
+    lora_B: Sequence[Tensor],
+    *,
+    out: Packed | None = None,
+) -> Packed:
+    """Factors in the kernels' own layout and compute dtype; see ``backends.reference.pack``.
+
+    Always in new memory: an older pack may be in use by another thread.
+    """
     lora_A, lora_B = ([t.resolve_neg() for t in factors] for factors in (lora_A, lora_B))
     native = _C.Packed(
         problem.method,

@@ -53,9 +53,28 @@ def supports(problem: Problem) -> str | None:
     return None
 
 
-def pack(problem: Problem, lora_A: Sequence[Tensor], lora_B: Sequence[Tensor]) -> Packed:
+def pack(
+    problem: Problem,
+    lora_A: Sequence[Tensor],
+    lora_B: Sequence[Tensor],
+    *,
+    out: Packed | None = None,
+) -> Packed:
     """Factors in the kernels' own layout and compute dtype; see ``backends.reference.pack``."""
     lora_A, lora_B = ([t.detach().resolve_neg() for t in fs] for fs in (lora_A, lora_B))
+    device = lora_A[0].device
+    with _current(device):
+        out = _empty_pack(problem, device) if out is None else out
+        out.native.pack(
+            [(*matrix(A), DTYPE_NAMES[A.dtype]) for A in lora_A],
+            [(*matrix(B), DTYPE_NAMES[B.dtype]) for B in lora_B],
+            out.buffer.data_ptr(),
+            _stream(device),
+        )
+    return out
+
+
+def _empty_pack(problem: Problem, device: torch.device) -> Packed:
     native = _C.CudaFactors(
         problem.method,
         DTYPE_NAMES[problem.dtype],
@@ -64,15 +83,7 @@ def pack(problem: Problem, lora_A: Sequence[Tensor], lora_B: Sequence[Tensor]) -
         list(problem.ranks),
         list(problem.thresholds),
     )
-    device = lora_A[0].device
-    with _current(device):
-        buffer = torch.empty(native.nbytes, dtype=torch.uint8, device=device)
-        native.pack(
-            [(*matrix(A), DTYPE_NAMES[A.dtype]) for A in lora_A],
-            [(*matrix(B), DTYPE_NAMES[B.dtype]) for B in lora_B],
-            buffer.data_ptr(),
-            _stream(device),
-        )
+    buffer = torch.empty(native.nbytes, dtype=torch.uint8, device=device)
     return Packed(native, buffer, problem.d_out, sum(problem.ranks))
 
 

@@ -29,10 +29,20 @@ def supports(problem: Problem) -> None:
     """It serves every problem that was checked."""
 
 
-def pack(problem: Problem, lora_A: Sequence[Tensor], lora_B: Sequence[Tensor]) -> Packed:
+def pack(
+    problem: Problem,
+    lora_A: Sequence[Tensor],
+    lora_B: Sequence[Tensor],
+    *,
+    out: Packed | None = None,
+) -> Packed:
     """Bring checked factors, lora_A (r_j, d_in) and lora_B (d_out, r_j), into the layout to read.
 
     The result is valid as long as the values in the factors do not change.
+
+    Args:
+        out: an earlier pack of the same problem, which a backend of a GPU writes over and returns:
+            captured graphs know its memory.
     """
     aliases = [tuple(t.detach() for t in factors) for factors in (lora_A, lora_B)]
     return Packed(problem, *aliases)

@@ -70,21 +70,40 @@ def supports(problem: Problem) -> str | None:
     return None
 
 
-def pack(problem: Problem, lora_A: Sequence[Tensor], lora_B: Sequence[Tensor]) -> Factors:
+def pack(
+    problem: Problem,
+    lora_A: Sequence[Tensor],
+    lora_B: Sequence[Tensor],
+    *,
+    out: Factors | None = None,
+) -> Factors:
     """Factors in the dtype of x, each B padded to one width; see ``backends.reference.pack``."""
+    out = _empty_factors(problem, lora_A[0].device) if out is None else out
+    with torch.no_grad():
+        torch.cat([A.to(problem.dtype) for A in lora_A], out=out.A)
+        for j, rank in enumerate(problem.ranks):
+            out.B[j, :, :rank] = lora_B[j]
+    return out
+
+
+def _empty_factors(problem: Problem, device: torch.device) -> Factors:
     from lora_ortho.triton_kernels.launch import Factors
     from lora_ortho.triton_kernels.launch_config import width_of
 
-    ranks, device = problem.ranks, lora_A[0].device
-    with torch.no_grad():
-        A = torch.cat([A.to(problem.dtype) for A in lora_A])
+    ranks, dtype = problem.ranks, problem.dtype
+    with torch.inference_mode(False):
+        A = torch.empty((sum(ranks), problem.d_in), dtype=dtype, device=device)
         shape = (len(ranks), problem.d_out, width_of(max(ranks)))
-        B = torch.zeros(shape, dtype=problem.dtype, device=device)
-        for j, rank in enumerate(ranks):
-            B[j, :, :rank] = lora_B[j]
-        table = torch.tensor(_table(problem), dtype=torch.int32, device=device)
+        B = torch.zeros(shape, dtype=dtype, device=device)
     rank = ranks[0] if len(set(ranks)) == 1 else 0
-    return Factors(problem.method, A, B, table, rank, sum(ranks))
+    return Factors(problem.method, A, B, _table_on(problem, device), rank, sum(ranks))
+
+
+@functools.lru_cache(maxsize=1024)
+def _table_on(problem: Problem, device: torch.device) -> Tensor:
+    """:func:`_table` on a device, sent there once: a copy from the host ends a graph's capture."""
+    with torch.inference_mode(False):
+        return torch.tensor(_table(problem), dtype=torch.int32, device=device)
 
 
 def _table(problem: Problem) -> list[list[int]]:
