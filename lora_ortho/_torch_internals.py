@@ -30,14 +30,23 @@ def is_recomputing() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
-def settled(owner: object, current: T, watched: bool) -> T | None:
+def may_be_run_again() -> bool:
+    """False where no gradient can come to depend on a call: under no_grad or inference_mode.
+
+    A custom autograd function, as a reentrant checkpoint is, runs its forward without gradients
+    too; it is told by forward-mode differentiation, which it switches off and no_grad does not.
+    """
+    if torch.is_grad_enabled():
+        return True
+    return not torch._C._is_fwd_grad_enabled() and not torch.is_inference_mode_enabled()
+
+
+def settled(owner: object, current: T) -> T | None:
     """What the call of a layer was made with in the pass that it belongs to.
 
     Args:
         owner: the layer, or what stands for it.
         current: what a first pass uses; it is kept for when the pass is run again.
-        watched: gradients may come to depend on this call though none are recorded (a reentrant
-            checkpoint runs its first pass so).
     Returns:
         ``current`` in a first pass, what was kept in one that is run again, and None where it
         cannot be told which pass is run again.
@@ -46,7 +55,7 @@ def settled(owner: object, current: T, watched: bool) -> T | None:
         found = _pass_run_again()
         past = None if found is None else getattr(found, _ATTRIBUTE, {}).get(owner)
         return None if past is None else past.again()
-    found = _first_pass(watched)
+    found = _first_pass()
     if found is not None:
         used = getattr(found, _ATTRIBUTE, None)
         if used is None:
@@ -72,16 +81,14 @@ class _Past:
         return self.calls[min(self._next, len(self.calls)) - 1]
 
 
-def _first_pass(watched: bool) -> Any:
+def _first_pass() -> Any:
     """The object of the checkpoint whose first pass this is; None where none is seen."""
-    if torch.is_grad_enabled():
-        hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
-        pack = hooks[0] if hooks else None
-        if getattr(pack, "__qualname__", "") != _PACK or pack.__code__.co_filename != _FILE:
-            return None
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    pack = hooks[0] if hooks else None
+    if getattr(pack, "__qualname__", "") == _PACK and pack.__code__.co_filename == _FILE:
         cells: Any = pack.__closure__
         return cells[pack.__code__.co_freevars.index("frame")].cell_contents
-    if not watched:
+    if torch.is_grad_enabled() or not may_be_run_again():
         return None
     frame = _frame_of((_FUNCTION.forward.__code__,))
     return None if frame is None else frame.f_locals.get("ctx")

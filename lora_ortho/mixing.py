@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_ortho import backends, mask_stream, packing
-from lora_ortho._torch_internals import settled
+from lora_ortho._torch_internals import may_be_run_again, settled
 from lora_ortho.functional import constants, merge
 from lora_ortho.ops import all_plain
 from lora_ortho.packing import PackedAdapters, gain_dtype
@@ -162,17 +162,19 @@ class Mixer:
             in_place: y belongs to nobody else and may be written over.
         """
         seed: int | Tensor | None = None
-        graded = x.requires_grad or y.requires_grad or any(t.requires_grad for t in tensors)
-        if graded:
+        if may_be_run_again():
             settings, seed = self._of_this_pass(x, settings)
         else:
             self.last = settings
         mix = settings.mix
         if not mix.members:
             return y
-        if all_plain((x, y)) and x.dtype is y.dtype and not (graded and torch.is_grad_enabled()):
+        recorded = torch.is_grad_enabled() and (
+            x.requires_grad or y.requires_grad or any(t.requires_grad for t in tensors)
+        )
+        if not recorded and x.dtype is y.dtype and all_plain((x, y)):
             return self._apply_prepared(x, y, tensors, settings, seed, in_place)
-        if self._prepared is not None and torch.is_grad_enabled():
+        if self._prepared is not None and recorded:
             self._prepared.expire()  # an optimiser may follow, whose work no counter shows
         gains = constants(mix.rule.gains, gain_dtype(x.device.type), x)
         seed = _drawn(settings.seed, x) if seed is None else seed
@@ -216,7 +218,7 @@ class Mixer:
         as torch's dropout does when a pass is run again."""
         drawn: int | Tensor = _drawn(settings.seed, x) if settings.mix.members else 0
         current = (settings, drawn)
-        used = settled(self, current, watched=True)
+        used = settled(self, current)
         if used is current:
             self.last = settings
         elif used is None and self.last is not None and self.last != settings:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from lora_ortho import backends
+from lora_ortho._torch_internals import settled
 from lora_ortho.packing import packed
 from lora_ortho.problem import Place, Problem
 from lora_ortho.reference import wide_dtype
@@ -160,7 +161,39 @@ def _backward_fake(
     )
 
 
-torch.library.impl("lora_ortho::forward", "CompositeExplicitAutograd", _forward)
+def _forward_op(
+    x: Tensor,
+    lora_A: Sequence[Tensor],
+    lora_B: Sequence[Tensor],
+    base: Tensor | None,
+    gains: Tensor,
+    seed: Tensor,
+    coordinates: Tensor | None,
+    *constants: Any,
+) -> tuple[Tensor, Tensor]:
+    """The op as torch calls it, from compiled code above all."""
+    if coordinates is not None:
+        _check_pass((coordinates, gains, seed))
+    return _forward(x, lora_A, lora_B, base, gains, seed, coordinates, *constants)
+
+
+def _check_pass(current: tuple[Tensor, Tensor, Tensor]) -> None:
+    """Refuses coordinates, gains and a seed that changed since the pass that is run again.
+
+    Compiled code saves its inputs for backward before this can put others in their place.
+    """
+    first = settled(("compiled", int(current[0][0])), current)
+    if first is None or first is current:
+        return
+    if not all(torch.equal(a, b) for a, b in zip(first, current, strict=True)):
+        raise RuntimeError(
+            "seed, sample, weights or scaling of compiled code changed between a forward pass and "
+            "its recomputation by torch.utils.checkpoint: change them after backward, or compile "
+            "the model with its checkpoints, or do not compile what they run"
+        )
+
+
+torch.library.impl("lora_ortho::forward", "CompositeExplicitAutograd", _forward_op)
 torch.library.impl("lora_ortho::backward", "CompositeExplicitAutograd", _backward)
 torch.library.register_fake("lora_ortho::forward", _forward_fake)
 torch.library.register_fake("lora_ortho::backward", _backward_fake)
