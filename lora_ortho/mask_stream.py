@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+VERSION = 1  # of MASK_STREAM.md; files that hold masks say it
 ROUNDS = 7
 ROW_LIMIT = 1 << 32
 COL_LIMIT = 1 << 35

@@ -140,7 +140,7 @@ def changed(**fields: Any) -> bytes:
 @pytest.mark.parametrize(
     ("data", "part", "key"),
     [
-        (b"", "too few", None),
+        (b"", "empty: 0 bytes", None),
         (GOOD[:5], "too few", None),
         (GOOD[:20], "the header claims", None),
         (GOOD[:-1], "truncated", None),
@@ -225,8 +225,8 @@ BIAS_KEY = f"{PREFIX}a.lora_B.bias"
         (A_KEY, torch.ones(2, 3, dtype=torch.int8), "'I8' is not one of"),
         (BIAS_KEY, torch.ones(4), "lora_bias is off"),
         ("something.else", torch.ones(1), "left over"),
-        (f"{PREFIX}a.weight", torch.ones(1), "left over"),
-        (f"{PREFIX}a.lora_A.default.weight", torch.ones(1), "left over"),
+        (f"{PREFIX}a.weight", torch.ones(1), "a whole weight of the base model"),
+        (f"{PREFIX}a.lora_A.default.weight", torch.ones(1), "keys of several adapters"),
         (f"{PREFIX}a.lora_magnitude_vector", torch.ones(4), "DoRA is not supported"),
         (f"{PREFIX}a.lora_embedding_A", torch.ones(4), "an adapter of an embedding"),
         (f"{PREFIX}a.modules_to_save.weight", torch.ones(4), "a whole module"),

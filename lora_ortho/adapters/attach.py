@@ -34,17 +34,20 @@ class Attachment(Handle):
     """Run-time merging inside a model; a context manager that takes it out at the end.
 
     Attributes:
+        model: the model or pipeline that was attached.
         layers: the attached layers by qualified name, in name order.
         report: a `LayerReport` for each, and for each one that was skipped, in name order.
     """
 
     def __init__(
         self,
+        model: Any,
         layers: Mapping[str, nn.Module],
         report: Sequence[LayerReport],
         shared: Shared,
         activated: list[tuple[Any, Any]],
     ) -> None:
+        self.model = model
         self.layers: Mapping[str, nn.Module] = MappingProxyType(dict(layers))
         self.report = tuple(sorted(report, key=lambda entry: entry.name))
         self._shared = shared
@@ -181,7 +184,7 @@ def attach(
     for layer, merge in merges:
         peft_layers.put(layer, merge)
     activated = _activate(layers, order) if activate else []
-    return Attachment({e.name: e.module for e in chosen}, report, shared, activated)
+    return Attachment(model, {e.name: e.module for e in chosen}, report, shared, activated)
 
 
 def detach(model: Any) -> int:

@@ -24,7 +24,8 @@ _CONVERTERS: dict[str, tuple[re.Pattern[str], str]] = {
     "UNet2DConditionModel": (_SGM, "StableDiffusionXLLoraLoaderMixin"),
     "FluxTransformer2DModel": (_FLUX, "FluxLoraLoaderMixin"),
 }
-_DOWN = ".lora_down.weight"
+_DOWN, _UP, _ALPHA = ".lora_down.weight", ".lora_up.weight", ".alpha"
+_FARTHEST = 2.0**24  # a scaling above it, or below its inverse, is no scaling
 _MADE = (".lora.down.weight", "_lora.down.weight", ".lora_A.weight")
 
 
@@ -56,6 +57,7 @@ def convert(
     assert found is not None  # or there would be nothing to convert
     assert model is not None
     pattern, mixin = found
+    tensors = _with_tame_alphas(file, tensors)
     arguments = {"unet_config": model.config} if pattern is _SGM else {"return_alphas": True}
     try:
         fresh, alphas = getattr(loaders, mixin).lora_state_dict(dict(tensors), **arguments)
@@ -67,6 +69,27 @@ def convert(
     if made != expected:
         raise AdapterFileError(file, f"diffusers made {made} layers of what holds {expected}")
     return {**fresh, **_alphas(alphas or {}, next(iter(tensors.values())))}
+
+
+def _with_tame_alphas(file: Path, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same function with alphas above 0: diffusers halves and doubles them until they fit.
+
+    A sign goes into the up factor; an alpha of 0 becomes one of the rank, the up factor 0.
+    """
+    found = dict(tensors)
+    for key in [key for key in tensors if key.endswith(_ALPHA)]:
+        up, alpha = key.removesuffix(_ALPHA) + _UP, float(tensors[key])
+        if up not in tensors:
+            raise AdapterFileError(file, f"an alpha without {up!r}", key)
+        rank = tensors[up].shape[1]
+        if alpha == 0:
+            found[up], found[key] = torch.zeros_like(tensors[up]), torch.tensor(float(rank))
+        elif not rank / _FARTHEST <= abs(alpha) <= rank * _FARTHEST:
+            problem = f"an alpha of {alpha:g} for rank {rank}; expected a scaling of a usual size"
+            raise AdapterFileError(file, problem, key)
+        elif alpha < 0:
+            found[up], found[key] = -tensors[up], -tensors[key]
+    return found
 
 
 def _layers_of(key: str, pattern: re.Pattern[str]) -> int:

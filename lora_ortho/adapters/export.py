@@ -5,27 +5,25 @@ from __future__ import annotations
 import json
 import os
 import platform
-import re
 import tempfile
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save
-from torch import Tensor, nn
+from torch import nn
 
 import lora_ortho
+from lora_ortho import mask_stream
 from lora_ortho.problem import DTYPES
 
-from .components import base_modules, components
+from .components import base_modules, components, join
+from .convolution import why_not_peft
+from .export_files import LOADABLE, diffusers_files, peft_files, with_equal_ranks
+from .export_source import Source, resolve
 from .loaded import LoadedAdapter
-from .merge import adapters_of, merge_adapters
-from .peft_config import CONFIG_FILE
-from .peft_folder import PREFIX, TENSOR_FILE
-from .targets import shape_of
+from .merge import merge_adapters
 
 METADATA = "lora_ortho"  # the name of our metadata in the tensor file's header
 
@@ -59,32 +57,43 @@ def export(
     adapters: Sequence[str] | None = None,
     p: Sequence[float] | None = None,
     weights: Sequence[float] | None = None,
-    seed: int = 0,
-    sample: int = 0,
+    seed: int | None = None,
+    sample: int | None = None,
     rank: int | None = None,
+    equal_ranks: bool = False,
+    keep_zero_weights: bool = False,
     dtype: torch.dtype | None = None,
     model: Any = None,
     force: bool = False,
 ) -> Exported:
-    """Writes a merge of adapters as one ordinary PEFT adapter: a folder, whole or not at all.
+    """Writes a merge of adapters as one ordinary adapter: a folder, whole or not at all.
 
-    The adapter has rank Σ r_j, scaling 1, and the masks of `ortho_rows` in its lora_B. The header
-    of its tensor file says how it was made, under "lora_ortho": method, rates, weights, seed,
-    versions, and SHA-256 of the inputs.
+    The adapter has rank Σ r_j, no scaling of its own, and the masks of `ortho_rows` in its lora_B.
+    Of a model it is a folder of PEFT; of a pipeline the file that diffusers writes, which
+    `pipe.load_lora_weights(path)` reads: its header holds PEFT's configuration of every part. The
+    header says too how it was made, under "lora_ortho": method, rates, weights, seed, versions,
+    and SHA-256 of the inputs.
 
     Args:
-        source: a module with PEFT layers, attached or not, or a list of what `load_adapter` gave.
+        source: a module with PEFT layers or a pipeline that has such, attached or not; the handle
+            of `attach` or `inject`; or a list of what `load_adapter` gave.
         path: of the new folder.
         method: "direct" (an exact concatenation) or "ortho_rows" (what the orthogonal method gives
             for row 0 of this seed and sample, for every token). The masks of the other methods
             change from token to token and are no weight.
         adapters: of a module: names in merge order; None takes those that are active.
-        p: a dropout rate for each adapter; None gives 1 - 1/K on a layer that K of them adapt.
-        weights: a merge weight for each adapter; None is 1.
-        seed, sample: which masks `ortho_rows` draws.
+        p: a dropout rate for each adapter; None takes those of the attachment or injection, else
+            1 - 1/K on a layer that K of them adapt.
+        weights: a merge weight for each adapter; None takes those of the attachment or injection,
+            else 1. An adapter of weight 0 is left out before K is counted.
+        seed, sample: which masks `ortho_rows` draws; None takes those of the attachment or
+            injection, else 0.
         rank: reduces every layer to at most that rank; the errors are returned.
+        equal_ranks: gives all layers the largest rank by rows of zeros, for readers that know no
+            rank_pattern.
+        keep_zero_weights: adapters of weight 0 keep their share of the elements.
         dtype: of the written factors; None is float32, or float64 where a factor has it.
-        model: the base model of loaded adapters: then their layers are looked up in it.
+        model: the base model or pipeline of loaded adapters: then their layers are looked up in it.
         force: replaces a folder that is there.
     Raises:
         TypeError, ValueError: an argument or adapter that does not fit, by name.
@@ -98,137 +107,99 @@ def export(
     folder = Path(path)
     if os.path.lexists(folder) and not force:
         raise FileExistsError(f"path {folder} exists; force=True replaces it")
-    base = model
-    if isinstance(source, nn.Module) or hasattr(source, "_lora_loadable_modules"):
-        base = source
-        source = adapters_of(source, adapters)
-    elif adapters is not None:
-        raise ValueError("adapters can be chosen of a module only; give the list that you want")
-    if base is not None and "" not in components(base):
-        raise ValueError("model must be one module, not a pipeline: export its parts one by one")
+    found = resolve(source, model, adapters, p, weights, seed, sample)
+    modules = {} if found.model is None else _modules(found.model)
+    _check_layers(found, modules)
     merged, errors = merge_adapters(
-        source, method, p=p, weights=weights, seed=seed, sample=sample, rank=rank, model=base
+        found.adapters,
+        method,
+        p=found.p,
+        weights=found.weights,
+        seed=found.seed,
+        sample=found.sample,
+        rank=rank,
+        model=found.model,
+        keep_zero_weights=keep_zero_weights,
     )
-    tensors = _tensors(merged, dtype)
-    made = {
+    if equal_ranks:
+        merged = with_equal_ranks(merged)
+    made = _made(found, method, rank, max(errors.values()))
+    write = diffusers_files if merged.parts else peft_files
+    _write(folder, write(merged, modules, dtype, {METADATA: json.dumps(made)}), force)
+    return Exported(folder, {n: a.lora_A.shape[0] for n, a in merged.layers.items()}, errors)
+
+
+def _modules(model: Any) -> dict[str, nn.Module]:
+    """Every module of a model or pipeline by its name without PEFT."""
+    return {
+        join(part, name): module
+        for part, root in components(model).items()
+        for name, module in base_modules(root)
+    }
+
+
+def _check_layers(source: Source, modules: Mapping[str, nn.Module]) -> None:
+    """ValueError for a layer whose adapter neither PEFT nor diffusers could read back."""
+    loadable = getattr(source.model, "_lora_loadable_modules", None)
+    for adapter in source.adapters:
+        for name in adapter.layers:
+            part = name.partition(".")[0]
+            if adapter.parts and part not in (loadable or LOADABLE):
+                raise ValueError(
+                    f"layer {name}: diffusers loads no adapters of a pipeline's {part}; export "
+                    f"that part alone, as a folder of PEFT: load_adapter(..., part={part!r}), "
+                    f"export(..., model=pipeline.{part})"
+                )
+            reason = why_not_peft(modules.get(name))
+            if reason is not None:
+                raise ValueError(f"layer {name}, adapter {adapter.name!r}: {reason}")
+
+
+def _made(source: Source, method: str, rank: int | None, largest_error: float) -> dict[str, Any]:
+    """How it was made, for the metadata; what masks it has, where there are any."""
+    drawn = method != "direct"
+    return {
         "method": method,
-        "adapters": _inputs(source, p, weights),
-        "seed": None if method == "direct" else seed,
-        "sample": None if method == "direct" else sample,
+        "adapters": _inputs(source),
+        "mask_stream": mask_stream.VERSION if drawn else None,
+        "seed": source.seed if drawn else None,
+        "sample": source.sample if drawn else None,
         "rank": rank,
-        "largest_error": max(errors.values()),
+        "largest_error": largest_error,
         "versions": {
             "lora_ortho": lora_ortho.__version__,
             "torch": torch.__version__,
             "python": platform.python_version(),
         },
     }
-    _write(folder, _config(merged, base), tensors, {METADATA: json.dumps(made)}, force)
-    return Exported(folder, {n: a.lora_A.shape[0] for n, a in merged.layers.items()}, errors)
 
 
-def _inputs(
-    source: Sequence[LoadedAdapter], p: Sequence[float] | None, weights: Sequence[float] | None
-) -> list[dict[str, Any]]:
-    """What was merged, for the metadata."""
+def _inputs(source: Source) -> list[dict[str, Any]]:
+    """What was merged, for the metadata; rates and weights where they are the same everywhere."""
     return [
         {
             "name": adapter.name,
-            "p": None if p is None else float(p[j]),
-            "weight": 1.0 if weights is None else float(weights[j]),
+            "p": _one(adapter, "p") if source.p is None else float(source.p[j]),
+            "weight": _one(adapter, "weight") if source.weights is None else source.weights[j],
             "sha256": dict(adapter.sha256),
         }
-        for j, adapter in enumerate(source)
+        for j, adapter in enumerate(source.adapters)
     ]
 
 
-def _tensors(merged: LoadedAdapter, dtype: torch.dtype | None) -> dict[str, Tensor]:
-    """The tensors of the file by PEFT's keys; where one layer has a bias, all have one."""
-    has_bias = any(part.bias is not None for part in merged.layers.values())
-    found: dict[str, Tensor] = {}
-    for name, part in merged.layers.items():
-        kernel = merged.kernels.get(name, ())
-        ones = (1,) * len(kernel)
-        lora_A, lora_B, bias = part.lora_A, part.lora_B, part.bias
-        if kernel:
-            lora_A = lora_A.reshape(lora_A.shape[0], -1, *kernel)
-        found[f"{PREFIX}{name}.lora_A.weight"] = lora_A
-        found[f"{PREFIX}{name}.lora_B.weight"] = lora_B.reshape(*lora_B.shape, *ones)
-        if has_bias:
-            bias = lora_B.new_zeros(lora_B.shape[0]) if bias is None else bias
-            found[f"{PREFIX}{name}.lora_B.bias"] = bias
-    found = {key: tensor.to("cpu", dtype).contiguous() for key, tensor in found.items()}
-    for key, tensor in found.items():
-        if not bool(tensor.isfinite().all()):
-            raise ValueError(f"{key} is not finite in {tensor.dtype}; choose a wider dtype")
-    return found
+def _one(adapter: LoadedAdapter, field: str) -> float | None:
+    values = {getattr(part, field) for part in adapter.layers.values()}
+    return values.pop() if len(values) == 1 else None
 
 
-def _config(merged: LoadedAdapter, model: nn.Module | None) -> dict[str, Any]:
-    """adapter_config.json: one rank for most layers, patterns for the others; scaling 1."""
-    ranks = {name: part.lora_A.shape[0] for name, part in merged.layers.items()}
-    rank = Counter(ranks.values()).most_common(1)[0][0]
-    pattern = {f"^{re.escape(name)}": r for name, r in ranks.items() if r != rank}
-    modules = {} if model is None else dict(base_modules(model))
-    return {
-        "peft_type": "LORA",
-        "base_model_name_or_path": merged.base_model,
-        "r": rank,
-        "lora_alpha": rank,
-        "rank_pattern": pattern,
-        "alpha_pattern": pattern,
-        "target_modules": _target_modules(list(ranks), modules),
-        "lora_bias": any(part.bias is not None for part in merged.layers.values()),
-        "fan_in_fan_out": _fan_in_fan_out([modules[n] for n in ranks if n in modules]),
-        "bias": "none",
-        "lora_dropout": 0.0,
-        "use_rslora": False,
-        "use_dora": False,
-        "init_lora_weights": True,
-        "inference_mode": True,
-    }
-
-
-def _target_modules(names: list[str], modules: Mapping[str, nn.Module]) -> list[str] | str:
-    """The names, which PEFT matches as suffixes too; a pattern where that would catch another."""
-    others = [name for name, m in modules.items() if name not in names and shape_of(m) is not None]
-    if any(other.endswith(f".{name}") for name in names for other in others):
-        return "|".join(map(re.escape, names))
-    return names
-
-
-def _fan_in_fan_out(layers: Sequence[Any]) -> bool:
-    """Whether the layers' weights lie transposed, as those of transformers' Conv1D."""
-    bases = [m.get_base_layer() if hasattr(m, "get_base_layer") else m for m in layers]
-    return any(type(base).__name__ == "Conv1D" for base in bases)
-
-
-def _safetensors(tensors: dict[str, Tensor], metadata: dict[str, str]) -> bytes:
-    """A safetensors file whose bytes depend on nothing else: metadata stands in name order."""
-    data = save(tensors, metadata)
-    length = int.from_bytes(data[:8], "little")
-    header = json.loads(data[8 : 8 + length])
-    header["__metadata__"] = dict(sorted(metadata.items()))
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text + data[8 + length :]
-
-
-def _write(
-    folder: Path,
-    config: dict[str, Any],
-    tensors: dict[str, Tensor],
-    metadata: dict[str, str],
-    force: bool,
-) -> None:
-    """Both files in a folder beside, which then takes its name in one step."""
+def _write(folder: Path, files: Mapping[str, bytes], force: bool) -> None:
+    """The files in a folder beside, which then takes its name in one step."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".writing-") as scratch:
         fresh, old = Path(scratch) / "adapter", Path(scratch) / "replaced"
         fresh.mkdir()
-        text = json.dumps(config, indent=2, sort_keys=True) + "\n"
-        (fresh / CONFIG_FILE).write_text(text, encoding="utf-8")
-        (fresh / TENSOR_FILE).write_bytes(_safetensors(tensors, {"format": "pt", **metadata}))
+        for name, data in files.items():
+            (fresh / name).write_bytes(data)
         if force and os.path.lexists(folder):
             os.replace(folder, old)
         try:

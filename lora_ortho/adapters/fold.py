@@ -181,6 +181,16 @@ def rates(adapters: Sequence[Adapter]) -> list[float]:
     return [1.0 - 1.0 / len(adapters) if a.p is None else float(a.p) for a in adapters]
 
 
+def check(method: str, adapters: Sequence[Adapter]) -> None:
+    """Raise whatever a fold of these adapters by a method would; "element_disjoint" is one too."""
+    _gains(adapters, _rule(adapters, "direct" if method == "direct" else "orthogonal"))
+
+
+def is_off(adapter: Adapter) -> bool:
+    """True for an adapter of weight 0, or of scaling 0, which is how diffusers sets a weight."""
+    return adapter.weight == 0 or adapter.scaling == 0
+
+
 def _rule(adapters: Sequence[Adapter], method: str) -> Rule:
     for j, adapter in enumerate(adapters):
         if not isinstance(adapter, Adapter):

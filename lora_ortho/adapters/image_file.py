@@ -11,10 +11,11 @@ from torch import Tensor
 
 from .converters import convert, needs_converter
 from .errors import AdapterFileError
+from .export_files import DIFFUSERS_METADATA
 from .loaded import LoadedAdapter, Piece, assemble, check_shapes
 from .peft_config import CONFIG_FILE, MAX_NAME, PeftConfig, parse_peft_config
-from .peft_folder import PREFIX, foreign
-from .targets import PARTS, Target, Targets, check_fit
+from .peft_folder import PREFIX, foreign, one_adapter
+from .targets import Target, Targets, check_fit
 from .tensor_file import Entry, parse_json_object, read_tensors
 
 # kohya's prefixes, and which part of a pipeline they mean: the first that it has.
@@ -41,9 +42,16 @@ _ROLES = {
     "_lora.up.weight": "B",
     ".alpha": "alpha",
 }
+# The level that PEFT has in memory, the adapter's name, where it stands in a key.
+_ADAPTER = re.compile(r"(?P<start>.+\.lora_[AB])\.(?P<adapter>[^.]+)(?P<end>\.(weight|bias))")
+# Programs that name layers otherwise than diffusers' models and kohya's scripts.
+_OTHER_PROGRAMS = ("diffusion_model.", "model.diffusion_model.", "lora_unet_", "lycoris_")
+_WAY = (
+    "if diffusers can read the file, load it there (pipeline.load_lora_weights) and merge with "
+    "lora_ortho.attach"
+)
 # diffusers' older names of attention layers, as they end after a role was taken off.
 _PROCESSOR = re.compile(r"\.processor\.to_(q|k|v|out)$")
-_METADATA = "lora_adapter_metadata"  # where diffusers keeps PEFT's configurations
 _MAX_ALPHA = 8  # bytes
 
 
@@ -73,7 +81,7 @@ def read_image_file(file: Path, targets: Targets, name: str) -> LoadedAdapter:
         groups = _groups(file, entries, targets)
         wanted = targets.wanted(file, (group.part for group in groups))
         groups = [group for group in groups if group.part in wanted]
-        configs.update(_configs(file, metadata))
+        configs.update(_configs(file, metadata, targets))
         for group in groups:
             _check_group(file, group, entries)
             plan.append((group, _target(file, group, entries, targets)))
@@ -88,21 +96,29 @@ def read_image_file(file: Path, targets: Targets, name: str) -> LoadedAdapter:
         pieces += _converted(file, fresh, left[0].part, targets)
         tensors = {**tensors, **fresh}
     layers, kernels = assemble(file, name, pieces, tensors)
-    return LoadedAdapter(name, layers, file, None, kernels, {file.name: contents.sha256})
+    named = targets.is_pipeline or (targets.model is None and targets.part is None)
+    parts = frozenset(group.part for group, _ in plan if named and group.part)
+    hashes = {file.name: contents.sha256}
+    return LoadedAdapter(name, layers, file, None, kernels, hashes, {}, parts)
 
 
 def _groups(file: Path, keys: Mapping[str, object], targets: Targets) -> list[_Group]:
     """Keys by layer; a key that has no place is refused."""
     groups: dict[tuple[str, str], _Group] = {}
+    adapters: dict[str | None, str] = {}
     for key in keys:
         if key.startswith(PREFIX):
             problem = f"PEFT's key, whose scaling is in {CONFIG_FILE}: load the folder of both"
             raise AdapterFileError(file, problem, key)
-        role = next((role for end, role in _ROLES.items() if key.endswith(end)), None)
-        if role is None or _is_foreign(key):
+        match = _ADAPTER.fullmatch(key)
+        plain = key if match is None else match["start"] + match["end"]
+        end = next((end for end in _ROLES if plain.endswith(end)), None)
+        if end is None or _is_foreign(key):
             raise AdapterFileError(file, foreign(key), key)
-        end = next(end for end in _ROLES if key.endswith(end))
-        group = _group(key.removesuffix(end), targets)
+        role = _ROLES[end]
+        if role != "alpha":
+            adapters.setdefault(match["adapter"] if match else None, key)
+        group = _group(plain.removesuffix(end), targets)
         if len(group.stem) > MAX_NAME or not group.stem:
             raise AdapterFileError(file, f"names no layer of 1 to {MAX_NAME} characters", key)
         group = groups.setdefault((group.part, group.stem), group)
@@ -111,6 +127,7 @@ def _groups(file: Path, keys: Mapping[str, object], targets: Targets) -> list[_G
         group.keys[role] = key
     if not groups:
         raise AdapterFileError(file, "holds no adapter: no lora_A and lora_B in it")
+    one_adapter(file, adapters)
     return list(groups.values())
 
 
@@ -127,7 +144,7 @@ def _group(stem: str, targets: Targets) -> _Group:
             there += [part for part in parts if targets.root(part) is not None]
             return _Group([*there, *parts][0], stem.removeprefix(prefix), True)
     first, _, rest = stem.partition(".")
-    part, layer = (first, rest) if first in PARTS and rest else ("", stem)
+    part, layer = (first, rest) if targets.names_part(first) and rest else ("", stem)
     return _Group(part, _PROCESSOR.sub(_plain_attention, layer), False)
 
 
@@ -155,17 +172,28 @@ def _target(
     """The layer of a group; None for one whose name diffusers must convert first."""
     key = group.keys["A"]
     if not group.flat:
-        target = targets.by_name(file, key, group.part, group.stem)
+        target = _by_name(file, key, group, targets)
     else:
         found = targets.by_flat_name(file, key, group.part, group.stem)
         if found is None:
             root = targets.root(group.part)
             if root is not None and needs_converter(group.stem, root):
                 return None
-            raise AdapterFileError(file, f"the model has no layer for {group.stem!r}", key)
+            raise AdapterFileError(file, f"the model has no layer for {group.stem!r}; {_WAY}", key)
         target = found
     check_fit(file, key, target, entries[key].shape, entries[group.keys["B"]].shape)
     return target
+
+
+def _by_name(file: Path, key: str, group: _Group, targets: Targets) -> Target:
+    """The layer of a name with dots; for names of other programs the error says what to do."""
+    try:
+        return targets.by_name(file, key, group.part, group.stem)
+    except AdapterFileError as error:
+        if key.startswith(_OTHER_PROGRAMS):
+            problem = str(error).partition(f"{key!r}: ")[2]
+            raise AdapterFileError(file, f"{problem}; {_WAY}", key) from None
+        raise
 
 
 def _piece(
@@ -179,7 +207,8 @@ def _piece(
     key_A, alpha, config = group.keys["A"], group.keys.get("alpha"), configs.get(group.part)
     rank, scaling = tensors[key_A].shape[0], 1.0
     if alpha is not None and config is not None:
-        raise AdapterFileError(file, f"an alpha besides the configuration in {_METADATA}", alpha)
+        problem = f"an alpha besides the configuration in {DIFFUSERS_METADATA}"
+        raise AdapterFileError(file, problem, alpha)
     if alpha is not None:
         scaling = float(tensors[alpha]) / rank
     if config is not None:
@@ -209,14 +238,14 @@ def _converted(
     return pieces
 
 
-def _configs(file: Path, metadata: Mapping[str, str]) -> dict[str, PeftConfig]:
+def _configs(file: Path, metadata: Mapping[str, str], targets: Targets) -> dict[str, PeftConfig]:
     """PEFT's configurations by part, where diffusers wrote them into the header."""
-    text = metadata.get(_METADATA)
+    text = metadata.get(DIFFUSERS_METADATA)
     if text is None:
         return {}
     by_part: dict[str, dict[str, object]] = {}
     for key, value in parse_json_object(file, text.encode()).items():
         first, _, rest = key.partition(".")
-        part, name = (first, rest) if first in PARTS and rest else ("", key)
+        part, name = (first, rest) if targets.names_part(first) and rest else ("", key)
         by_part.setdefault(part, {})[name] = value
     return {part: parse_peft_config(file, fields) for part, fields in by_part.items()}

@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from .errors import AdapterFileError
+from .export_files import DIFFUSERS_FILE
 from .image_file import read_image_file
 from .loaded import LoadedAdapter
+from .names import title_of
 from .peft_config import CONFIG_FILE
 from .peft_folder import TENSOR_FILE, read_folder
 from .targets import Targets
 
-DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"  # what save_lora_weights writes into a folder
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
 
@@ -38,7 +39,7 @@ def load_adapter(
         model: the base model, a module or a diffusers pipeline: every adapted layer is looked up
             in it and must be of fitting size. None takes names as they are, which is enough for
             PEFT's and diffusers' layouts.
-        name: for display; None is the folder's or file's name.
+        name: for display; None is the folder's or file's whole name, of a link the link's.
         part: which part of a file for several models to take ("unet", "text_encoder", ...), where
             the model is one of them; for a pipeline, which of its parts a PEFT folder belongs to.
     Raises:
@@ -54,9 +55,10 @@ def load_adapter(
         file = _file_of(path)
     except OSError as error:  # not allowed to look, a name too long
         raise AdapterFileError(path, error.strerror or str(error)) from None
+    title = title_of(path) if name is None else name
     if file is None:
-        return read_folder(path, targets, path.resolve().name if name is None else name)
-    return read_image_file(file, targets, path.resolve().stem if name is None else name)
+        return read_folder(path, targets, title)
+    return read_image_file(file, targets, title)
 
 
 def _file_of(path: Path) -> Path | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -28,6 +29,11 @@ class LoadedAdapter:
         base_model: the model it says it was trained for, or None.
         kernels: of the layers that are convolutions, whose lora_A is (r, c_in · kernel elements).
         sha256: of the files it came from, by their names, in hexadecimal.
+        settings: fields of PEFT's configuration that change nothing here, and that readers of an
+            export go by: `peft_config.FOR_READERS`.
+        parts: of a pipeline, with which the layers' names begin; empty for a single model.
+        leaves: ends of names that select its layers in the model that it was made for, as PEFT's
+            `target_modules` does; None where they are not known.
     """
 
     name: str
@@ -36,22 +42,35 @@ class LoadedAdapter:
     base_model: str | None = None
     kernels: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     sha256: Mapping[str, str] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    parts: frozenset[str] = frozenset()
+    leaves: frozenset[str] | None = None
 
     def __repr__(self) -> str:
         return f"LoadedAdapter({self.name!r}, {len(self.layers)} layers, from {str(self.source)!r})"
 
 
-def checked_adapters(adapters: object) -> list[LoadedAdapter]:
+def agreed(settings: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The fields that all have, with one value."""
+    first = settings[0] if settings else {}
+    return {
+        name: value
+        for name, value in first.items()
+        if all(other.get(name) == value for other in settings)
+    }
+
+
+def checked_adapters(adapters: object, argument: str = "adapters") -> list[LoadedAdapter]:
     """A list of at least one loaded adapter; TypeError or ValueError for anything else."""
     if isinstance(adapters, LoadedAdapter) or not isinstance(adapters, Sequence):
         kind = type(adapters).__name__
-        raise TypeError(f"adapters must be a list of what load_adapter returns, got {kind}")
+        raise TypeError(f"{argument} must be a list of what load_adapter returns, got {kind}")
     for j, adapter in enumerate(adapters):
         if not isinstance(adapter, LoadedAdapter):
             kind = type(adapter).__name__
-            raise TypeError(f"adapters[{j}] must come from load_adapter, got {kind}")
+            raise TypeError(f"{argument}[{j}] must come from load_adapter, got {kind}")
     if not adapters:
-        raise ValueError("adapters must hold at least one adapter, got none")
+        raise ValueError(f"{argument} must hold at least one adapter, got none")
     return list(adapters)
 
 

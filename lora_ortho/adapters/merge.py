@@ -15,8 +15,9 @@ from lora_ortho.problem import finite_numbers
 
 from . import fold
 from .components import components, named
-from .loaded import LoadedAdapter, checked_adapters
+from .loaded import LoadedAdapter, agreed, checked_adapters
 from .peft_checks import (
+    configs_of,
     layer_problems,
     merged_on,
     model_problems,
@@ -26,6 +27,7 @@ from .peft_checks import (
     tuner_layers,
     warn_of_changed_bases,
 )
+from .peft_config import reader_settings
 from .streams import assign_streams
 
 
@@ -61,10 +63,22 @@ def adapters_of(model: Any, adapters: Sequence[str] | None = None) -> list[Loade
             )
             if A.weight.dim() > 2:
                 kernels[name][entry.name] = tuple(A.weight.shape[2:])
-    return [
-        LoadedAdapter(n, found[n], Path(n), None, kernels[n], {"tensors": _digest(found[n])})
-        for n in order
-    ]
+    parts = frozenset(part for part in components(model) if part)
+    made = []
+    for n in order:
+        layers_of, digest = dict(sorted(found[n].items())), {"tensors": _digest(found[n])}
+        base, settings = _told(model, n)
+        made.append(LoadedAdapter(n, layers_of, Path(n), base, kernels[n], digest, settings, parts))
+    return made
+
+
+def _told(model: Any, name: str) -> tuple[str | None, dict[str, Any]]:
+    """Base model and reader's fields that PEFT's configurations of an adapter agree on."""
+    roots = components(model).values()
+    fields = [configs_of(root)[name].to_dict() for root in roots if name in configs_of(root)]
+    bases = {field.get("base_model_name_or_path") for field in fields}
+    base = bases.pop() if len(bases) == 1 else None
+    return base or None, agreed([reader_settings(field) for field in fields])
 
 
 def _digest(layers: Mapping[str, Adapter]) -> str:
@@ -90,27 +104,35 @@ def merge_adapters(
     sample: int = 0,
     rank: int | None = None,
     model: Any = None,
+    keep_zero_weights: bool = False,
 ) -> tuple[LoadedAdapter, dict[str, float]]:
     """One adapter that does what all do together: `fold.direct` or `fold.ortho_rows` by layer.
+
+    An adapter of weight 0 is off: it is left out before K is counted, and a layer that only such
+    adapters adapt is left out.
 
     Args:
         adapters: from `load_adapter` or `adapters_of`, in merge order.
         method: "direct" or "ortho_rows".
-        p: a dropout rate for each adapter; None gives 1 - 1/K on a layer that K of them adapt.
-        weights: a merge weight for each adapter; None is 1.
+        p: a dropout rate for each adapter; None takes what each has, which is None for those that
+            were read: 1 - 1/K on a layer that K of them adapt.
+        weights: a merge weight for each adapter; None takes what each has, 1 for those read.
         seed, sample: which masks `ortho_rows` draws; each layer has its own stream.
         rank: reduces every layer to at most that rank.
         model: for exact streams where names of its modules clash; None numbers the layers alone.
+        keep_zero_weights: adapters of weight 0 keep their share of the elements.
     Returns:
         The adapter (scaling 1, float32 or float64), and the relative error of the reduction by
         layer, 0 where nothing was reduced.
     Raises:
         TypeError, ValueError: an argument that does not fit, by name; adapters that do not fit one
-            another; a method that is no weight.
+            another; a method that is no weight; weights that are all 0.
     """
     adapters = checked_adapters(adapters)
-    rates = None if p is None else finite_numbers("p", p, len(adapters))
-    merge_weights = finite_numbers("weights", weights, len(adapters))
+    count = len(adapters)
+    rates = None if p is None else finite_numbers("p", p, count)
+    merge_weights = None if weights is None else finite_numbers("weights", weights, count)
+    parts = _common_parts(adapters)
     names = sorted({name for adapter in adapters for name in adapter.layers})
     if model is None:
         streams = assign_streams(names)
@@ -120,31 +142,73 @@ def merge_adapters(
     kernels: dict[str, tuple[int, ...]] = {}
     errors: dict[str, float] = {}
     for name in names:
-        chosen = [j for j, adapter in enumerate(adapters) if name in adapter.layers]
+        holders = [j for j, adapter in enumerate(adapters) if name in adapter.layers]
         if name not in streams:
             raise ValueError(
-                f"model has no layer {name}, which {adapters[chosen[0]].name!r} adapts"
+                f"model has no layer {name}, which {adapters[holders[0]].name!r} adapts"
             )
-        parts = [
-            replace(
-                adapters[j].layers[name], weight=merge_weights[j], p=rates[j] if rates else None
-            )
-            for j in chosen
-        ]
-        shapes = {adapters[j].kernels.get(name, ()) for j in chosen}
+        shapes = {adapters[j].kernels.get(name, ()) for j in holders}
         if len(shapes) > 1:
             raise ValueError(f"layer {name}: adapters have kernels of {sorted(shapes)}")
-        kernels[name] = shapes.pop()
+        chosen = [_with(adapters[j].layers[name], j, rates, merge_weights) for j in holders]
+        chosen = [part for part in chosen if keep_zero_weights or not fold.is_off(part)]
+        if not chosen:
+            continue
         try:
-            merged = fold.fold(method, parts, seed=seed, stream=streams[name], sample=sample)
+            merged = fold.fold(method, chosen, seed=seed, stream=streams[name], sample=sample)
             errors[name] = 0.0
             if rank is not None:
                 merged, errors[name] = fold.reduce_rank(merged, rank)
         except ValueError as error:
             raise ValueError(f"layer {name}: {error}") from error
         layers[name] = merged
+        if kernel := shapes.pop():
+            kernels[name] = kernel
+    if not layers:
+        raise ValueError("weights: every adapter has weight 0, so nothing is left to merge")
+    title = "+".join(adapter.name for adapter in adapters)
+    settings = agreed([adapter.settings for adapter in adapters])
+    if any(adapter.settings.get("fan_in_fan_out") for adapter in adapters):
+        settings["fan_in_fan_out"] = True  # of some layers; PEFT looks at each
     bases = {adapter.base_model for adapter in adapters}
     base = bases.pop() if len(bases) == 1 else None
-    title = "+".join(adapter.name for adapter in adapters)
-    kernels = {name: kernel for name, kernel in kernels.items() if kernel}
-    return LoadedAdapter(title, layers, Path(title), base, kernels), errors
+    leaves = None if len(layers) < len(names) else _common_leaves(adapters)
+    result = LoadedAdapter(title, layers, Path(title), base, kernels, {}, settings, parts, leaves)
+    return result, errors
+
+
+def _common_leaves(adapters: Sequence[LoadedAdapter]) -> frozenset[str] | None:
+    """The ends of names that select the layers of all; None where one's are not known."""
+    found: set[str] = set()
+    for adapter in adapters:
+        if adapter.leaves is None:
+            return None
+        found |= adapter.leaves
+    return frozenset(found)
+
+
+def _with(
+    part: Adapter, j: int, rates: Sequence[float] | None, weights: Sequence[float] | None
+) -> Adapter:
+    """One layer's part of adapter j with its rate and weight, where they are given."""
+    return replace(
+        part,
+        p=part.p if rates is None else rates[j],
+        weight=part.weight if weights is None else weights[j],
+    )
+
+
+def _common_parts(adapters: Sequence[LoadedAdapter]) -> frozenset[str]:
+    """The parts of a pipeline that the adapters are for; all are for one, or none is.
+
+    Raises:
+        ValueError: some are for a pipeline, others for a single model.
+    """
+    whole = [adapter.name for adapter in adapters if not adapter.parts]
+    split = [adapter.name for adapter in adapters if adapter.parts]
+    if whole and split:
+        raise ValueError(
+            f"adapters: {split[0]!r} is for parts of a pipeline, {whole[0]!r} for one model; load "
+            f"both through the pipeline, or both with part="
+        )
+    return frozenset(part for adapter in adapters for part in adapter.parts)

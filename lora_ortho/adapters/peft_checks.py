@@ -145,7 +145,7 @@ def model_problems(model: Any, order: Sequence[str]) -> Iterator[Problem]:
     parts = components(model)
     for part, root in parts.items():
         here = Named(part, 0, root)
-        configs = [(name, config) for name, config in _configs(root).items() if name in order]
+        configs = [(name, config) for name, config in configs_of(root).items() if name in order]
         for name, config in configs:
             if getattr(config, "layer_replication", None):
                 yield Problem(here, (name,), "layer_replication repeats layers of the model")
@@ -166,7 +166,7 @@ def saving_problems(model: Any, order: Sequence[str]) -> Iterator[Problem]:
     """What adapters change besides their layers, where only the layers are to be saved."""
     parts = components(model)
     for part, root in parts.items():
-        for name, config in _configs(root).items():
+        for name, config in configs_of(root).items():
             if name in order and getattr(config, "bias", "none") != "none":
                 reason = f"replaces biases of the model (bias={config.bias!r}), which would be lost"
                 yield Problem(Named(part, 0, root), (name,), reason)
@@ -189,7 +189,7 @@ def _savers(
 def warn_of_changed_bases(model: Any, order: Sequence[str]) -> None:
     """UserWarning for adapters whose initialisation took something out of the base weights."""
     for root in components(model).values():
-        for name, config in _configs(root).items():
+        for name, config in configs_of(root).items():
             init = getattr(config, "init_lora_weights", True)
             if name in order and isinstance(init, str) and init not in HARMLESS_INITS:
                 warnings.warn(
@@ -199,7 +199,7 @@ def warn_of_changed_bases(model: Any, order: Sequence[str]) -> None:
                 )
 
 
-def _configs(root: nn.Module) -> Mapping[str, Any]:
+def configs_of(root: nn.Module) -> Mapping[str, Any]:
     """The configurations of all adapters in a model, by name."""
     found: dict[str, Any] = {}
     for module in root.modules():

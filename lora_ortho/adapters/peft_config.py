@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 from .errors import AdapterFileError
-from .tensor_file import open_regular, parse_json_object
+from .layer_patterns import LayerPatterns, PatternError
+from .tensor_file import open_regular, parse_json_object, what_it_is
 
 CONFIG_FILE = "adapter_config.json"
 MAX_CONFIG = 16 * 1024 * 1024  # bytes
@@ -30,6 +31,9 @@ _HONOURED = """
     bias
 """
 HONOURED = frozenset(_HONOURED.split())
+# Of the fields that change nothing here, those that readers of an export go by: which class opens
+# it, which base belongs to it.
+FOR_READERS = ("task_type", "auto_mapping", "revision", "fan_in_fan_out")
 # Fields that must be off, and what they would mean.
 REFUSED = {
     "use_dora": "DoRA scales the columns of the merged weight",
@@ -49,23 +53,27 @@ REFUSED = {
 HARMLESS_INITS = frozenset(["gaussian", "eva", "orthogonal", "mica"])
 
 
+def reader_settings(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Those fields of a configuration that readers of an export go by, where they are set."""
+    return {name: fields[name] for name in FOR_READERS if not _off(fields.get(name))}
+
+
+def leaves_of(fields: Mapping[str, Any], layers: Iterable[str]) -> frozenset[str] | None:
+    """The ends of names in target_modules; None where more decided, or a layer has none of them."""
+    names = fields.get("target_modules")
+    narrowed = any(fields.get(name) for name in ("layers_to_transform", "exclude_modules"))
+    if narrowed or not isinstance(names, (list, set)) or not all(map(_is_name, names)):
+        return None
+    ends = tuple(f".{name}" for name in names)
+    return frozenset(names) if all(f".{layer}".endswith(ends) for layer in layers) else None
+
+
+def _is_name(value: object) -> bool:
+    return isinstance(value, str) and bool(value)
+
+
 def _off(value: object) -> bool:
     return value is None or value is False or value == [] or value == {}
-
-
-def _check_pattern(path: Path, name: str, pattern: str) -> None:
-    """A layer pattern is a regular expression from a stranger: bound what matching it can cost."""
-    if len(pattern) > MAX_NAME:
-        raise AdapterFileError(path, f"a pattern of {len(pattern)} characters is too long", name)
-    quantifiers = len(re.findall(r"[*+?{]", pattern))
-    if quantifiers > 2 or pattern.count("|") > 4 or re.search(r"\)[*+?{]|\\[1-9]|\(\?", pattern):
-        problem = f"pattern {pattern!r}: at most two quantifiers, four '|', no repeated group"
-        raise AdapterFileError(path, problem, name)
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        problem = f"pattern {pattern!r} is not a regular expression ({error})"
-        raise AdapterFileError(path, problem, name) from None
 
 
 def _number(path: Path, name: str, value: object) -> float:
@@ -94,47 +102,59 @@ def _flag(path: Path, name: str, value: object) -> bool:
     return value
 
 
-def _pattern(path: Path, name: str, value: object, parse: Any) -> dict[str, Any]:
+def _pattern(path: Path, name: str, value: object, parse: Any) -> LayerPatterns[Any]:
     if value is None:
-        return {}
+        value = {}
     if not isinstance(value, dict):
         raise AdapterFileError(path, f"expected an object, found {type(value).__name__}", name)
-    for pattern in value:
-        _check_pattern(path, name, pattern)
-    return {pattern: parse(path, f"{name}.{pattern}", number) for pattern, number in value.items()}
+    found = {p: parse(path, f"{name}.{p}", number) for p, number in value.items()}
+    try:
+        return LayerPatterns(found)
+    except PatternError as error:
+        raise AdapterFileError(path, str(error), name) from None
 
 
-def _find(patterns: dict[str, Any], layer: str) -> Any:
-    """The value of the first pattern that matches the end of a layer's name, at a dot, or None."""
-    for pattern, value in patterns.items():
-        if re.match(rf"(?:.*\.)?(?:{pattern})$", layer):
-            return value
-    return None
+def _nothing() -> LayerPatterns[Any]:
+    return LayerPatterns({})
 
 
 @dataclass(frozen=True)
 class PeftConfig:
-    """What of a PEFT LoRA configuration decides the result."""
+    """What of a PEFT LoRA configuration decides the result.
+
+    Attributes:
+        path: of the file, for errors.
+        fields: all, as they were read.
+    """
 
     rank: int
     alpha: float
     use_rslora: bool = False
     lora_bias: bool = False
-    rank_pattern: dict[str, int] = field(default_factory=dict)
-    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    rank_pattern: LayerPatterns[int] = field(default_factory=_nothing)
+    alpha_pattern: LayerPatterns[float] = field(default_factory=_nothing)
     base_model: str | None = None
+    path: Path = Path(CONFIG_FILE)
+    fields: Mapping[str, Any] = field(default_factory=dict)
 
     def rank_of(self, layer: str) -> int:
         """The rank of a layer, by its name in the base model."""
-        found = _find(self.rank_pattern, layer)
+        found = self._find("rank_pattern", layer)
         return self.rank if found is None else found
 
     def scaling_of(self, layer: str) -> float:
         """alpha / r, or alpha / sqrt(r) for rsLoRA (arXiv 2312.03732), of a layer by its name."""
-        found = _find(self.alpha_pattern, layer)
+        found = self._find("alpha_pattern", layer)
         alpha = self.alpha if found is None else found
         rank = self.rank_of(layer)
         return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
+
+    def _find(self, name: str, layer: str) -> Any:
+        patterns: LayerPatterns[Any] = getattr(self, name)
+        try:
+            return patterns.find(layer)
+        except PatternError as error:
+            raise AdapterFileError(self.path, str(error), name) from None
 
 
 def _check_fields(path: Path, fields: dict[str, Any]) -> None:
@@ -167,6 +187,8 @@ def read_peft_config(path: Path) -> tuple[PeftConfig, str]:
         text = file.read(MAX_CONFIG + 1)
     if len(text) > MAX_CONFIG:
         raise AdapterFileError(path, f"larger than {MAX_CONFIG} bytes")
+    if not text.lstrip().startswith(b"{") and (found := what_it_is(text)) is not None:
+        raise AdapterFileError(path, found)
     return parse_peft_config(path, parse_json_object(path, text)), sha256(text).hexdigest()
 
 
@@ -185,4 +207,6 @@ def parse_peft_config(path: Path, fields: dict[str, Any]) -> PeftConfig:
         rank_pattern=_pattern(path, "rank_pattern", fields.get("rank_pattern"), _rank),
         alpha_pattern=_pattern(path, "alpha_pattern", fields.get("alpha_pattern"), _number),
         base_model=base if isinstance(base, str) else None,
+        path=path,
+        fields=fields,
     )

@@ -6,17 +6,32 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
 from .errors import AdapterFileError
 from .loaded import LoadedAdapter, Piece, assemble, check_shapes
-from .peft_config import CONFIG_FILE, MAX_NAME, PeftConfig, read_peft_config
-from .targets import Targets, check_fit
+from .peft_config import (
+    CONFIG_FILE,
+    MAX_NAME,
+    PeftConfig,
+    leaves_of,
+    read_peft_config,
+    reader_settings,
+)
+from .renamed import Renaming
+from .targets import Target, Targets, check_fit
 from .tensor_file import Entry, read_tensors
 
 TENSOR_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."
+# The level that PEFT has in memory, the adapter's name, is in some files too.
 _KEY = re.compile(
-    r"base_model\.model\.(?P<layer>.+)\.(?P<part>lora_A\.weight|lora_B\.weight|lora_B\.bias)"
+    r"base_model\.model\.(?P<layer>.+)\.(?P<factor>lora_A|lora_B)(\.(?P<adapter>[^.]+))?"
+    r"\.(?P<kind>weight|bias)"
 )
+# Whole weights that PEFT saves beside the factors: of embeddings, and of layers that it wraps.
+_BASE = re.compile(r"base_model\.model\.(?P<layer>.+?)(\.base_layer)?\.(?P<kind>weight|bias)")
 # Parts of keys that other kinds of adapters have, and what they are.
 FOREIGN = {
     "lora_magnitude_vector": "DoRA",
@@ -31,12 +46,27 @@ FOREIGN = {
     "lora_mid": "a convolution in three factors",
     ".diff": "a whole difference of weights",
 }
+_WAY_OUT = (
+    "merge it into the base weights with what made it, and load the other adapters on the result"
+)
 
 
 def foreign(key: str) -> str:
     """Why a key has no place in an adapter that can be merged."""
     kinds = [kind for part, kind in FOREIGN.items() if part in key]
-    return f"{kinds[0]} is not supported" if kinds else "unexpected key: left over"
+    return f"{kinds[0]} is not supported: {_WAY_OUT}" if kinds else "unexpected key: left over"
+
+
+def one_adapter(file: Path, names: Mapping[str | None, str]) -> None:
+    """AdapterFileError where the keys have levels of several adapters.
+
+    Args:
+        names: a key by the adapter's name in it, None for keys without.
+    """
+    if len(names) > 1:
+        kinds = ", ".join(sorted("none" if name is None else repr(name) for name in names))
+        problem = f"keys of several adapters ({kinds}): a file holds one"
+        raise AdapterFileError(file, problem, next(key for name, key in names.items() if name))
 
 
 def read_folder(folder: Path, targets: Targets, name: str) -> LoadedAdapter:
@@ -44,34 +74,102 @@ def read_folder(folder: Path, targets: Targets, name: str) -> LoadedAdapter:
     config, digest = read_peft_config(folder / CONFIG_FILE)
     tensor_file = folder / TENSOR_FILE
     pieces: list[Piece] = []
+    renaming = Renaming(targets.root(targets.part or ""))
+    whole: dict[str, Tensor] = {}  # weights of the model, by the keys of those in the file
 
     def check(entries: dict[str, Entry], _: dict[str, str]) -> None:
-        for layer, parts in _by_layer(tensor_file, entries, config).items():
-            pieces.append(_piece(tensor_file, layer, parts, entries, config, targets))
+        layers, base = _by_layer(tensor_file, entries, config)
+        for layer, parts in layers.items():
+            pieces.append(_piece(tensor_file, layer, parts, entries, config, targets, renaming))
+        for key in base:
+            whole[key] = _base_weight(tensor_file, key, entries[key], targets)
 
     contents = read_tensors(tensor_file, check)
+    for key, weight in whole.items():
+        saved = contents.tensors[key].to(weight.dtype)
+        if not torch.equal(saved, weight.detach().to("cpu")):
+            problem = (
+                "a whole weight that differs from the model's: an adapter that changes more than "
+                "its layers cannot be merged with others"
+            )
+            raise AdapterFileError(tensor_file, problem, key)
     layers, kernels = assemble(tensor_file, name, pieces, contents.tensors)
-    hashes = {CONFIG_FILE: digest, TENSOR_FILE: contents.sha256}
-    return LoadedAdapter(name, layers, folder, config.base_model, kernels, hashes)
+    return LoadedAdapter(
+        name,
+        layers,
+        folder,
+        config.base_model,
+        kernels,
+        {CONFIG_FILE: digest, TENSOR_FILE: contents.sha256},
+        reader_settings(config.fields),
+        frozenset([targets.part]) if targets.is_pipeline and targets.part else frozenset(),
+        leaves_of(config.fields, layers),
+    )
 
 
 def _by_layer(
     file: Path, entries: Mapping[str, Entry], config: PeftConfig
-) -> dict[str, dict[str, str]]:
-    """Keys by layer and part ("lora_A.weight" and so on); a key that has no place is refused."""
+) -> tuple[dict[str, dict[str, str]], list[str]]:
+    """Keys by layer and part ("lora_A.weight" and so on), and those of whole weights of the base.
+
+    A key that has no place is refused.
+    """
     layers: dict[str, dict[str, str]] = {}
+    adapters: dict[str | None, str] = {}
+    base = []
     for key in entries:
         match = _KEY.fullmatch(key)
-        if match is None:
-            raise AdapterFileError(file, foreign(key), key)
-        if match["part"] == "lora_B.bias" and not config.lora_bias:
+        part = f"{match['factor']}.{match['kind']}" if match else ""
+        if match is None or part == "lora_A.bias":
+            if foreign(key) != "unexpected key: left over" or not _BASE.fullmatch(key):
+                raise AdapterFileError(file, foreign(key), key)
+            base.append(key)
+            continue
+        if part == "lora_B.bias" and not config.lora_bias:
             raise AdapterFileError(file, f"a bias, but lora_bias is off in {CONFIG_FILE}", key)
         if len(match["layer"]) > MAX_NAME:
             raise AdapterFileError(file, f"a name longer than {MAX_NAME} characters", key)
-        layers.setdefault(match["layer"], {})[match["part"]] = key
+        adapters.setdefault(match["adapter"], key)
+        layers.setdefault(match["layer"], {})[part] = key
     if not layers:
         raise AdapterFileError(file, "holds no adapter: no lora_A and lora_B in it")
-    return layers
+    one_adapter(file, adapters)
+    return layers, base
+
+
+def _base_weight(file: Path, key: str, entry: Entry, targets: Targets) -> Tensor:
+    """The model's weight under that key, of the same shape."""
+    match = _BASE.fullmatch(key)
+    assert match is not None
+    if targets.model is None:
+        problem = (
+            "a whole weight of the base model beside the factors: give the model, which tells "
+            "whether the adapter changed it"
+        )
+        raise AdapterFileError(file, problem, key)
+    weight = targets.tensor(targets.part or "", match["layer"], match["kind"])
+    if weight is None or weight.is_meta:
+        problem = f"a whole weight, and the model has no values for {match['layer']!r} to compare"
+        raise AdapterFileError(file, problem, key)
+    if tuple(weight.shape) != entry.shape:
+        problem = (
+            f"a whole weight of shape {list(entry.shape)}, the model's is {list(weight.shape)}: "
+            f"was it resized? Resize the model's embeddings alike before loading"
+        )
+        raise AdapterFileError(file, problem, key)
+    return weight
+
+
+def _target(file: Path, key: str, layer: str, targets: Targets, renaming: Renaming) -> Target:
+    """The layer of that name, or of the name that PEFT gives it in this model."""
+    part = targets.part or ""
+    try:
+        return targets.by_name(file, key, part, layer)
+    except AdapterFileError:
+        other = renaming(layer)
+        if other is None:
+            raise
+        return targets.by_name(file, key, part, other)
 
 
 def _piece(
@@ -81,6 +179,7 @@ def _piece(
     entries: Mapping[str, Entry],
     config: PeftConfig,
     targets: Targets,
+    renaming: Renaming,
 ) -> Piece:
     """All parts there, of shapes that fit one another, the configured rank and the model."""
     for part in ["lora_A.weight", "lora_B.weight"] + ["lora_B.bias"] * config.lora_bias:
@@ -88,7 +187,7 @@ def _piece(
             raise AdapterFileError(file, "missing", f"{PREFIX}{layer}.{part}")
     key_A, key_B, bias = parts["lora_A.weight"], parts["lora_B.weight"], parts.get("lora_B.bias")
     check_shapes(file, (key_A, key_B, bias), entries, config.rank_of(layer))
-    target = targets.by_name(file, key_A, targets.part or "", layer)
+    target = _target(file, key_A, layer, targets, renaming)
     check_fit(file, key_A, target, entries[key_A].shape, entries[key_B].shape)
     kernel = entries[key_A].shape[2:] if target.shape is None else target.shape.kernel
     return Piece(target.name, key_A, key_B, bias, config.scaling_of(layer), kernel)

@@ -8,7 +8,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from lora_ortho.module import linear_sizes
 
@@ -99,6 +99,10 @@ class Targets:
         """True if the model is one of several parts."""
         return self._parts is not None and "" not in self._parts
 
+    def names_part(self, name: str) -> bool:
+        """True for a part that the pipeline has, or that some pipeline has."""
+        return name in PARTS or (self.is_pipeline and name in (self._parts or ()))
+
     def wanted(self, file: Path, parts: Iterable[str]) -> frozenset[str]:
         """Which parts of a file to read, of those that it has.
 
@@ -120,6 +124,18 @@ class Targets:
         if self._parts is None:
             return None
         return self._parts.get(part if self.is_pipeline else "")
+
+    def tensor(self, part: str, layer: str, kind: str) -> Tensor | None:
+        """A layer's own weight or bias, whether PEFT wrapped it or not; None where it has none."""
+        root = self.root(part)
+        modules = {} if root is None else dict(base_modules(root))
+        for name in _spellings(layer):
+            module: Any = modules.get(name)
+            base = module.get_base_layer() if hasattr(module, "get_base_layer") else module
+            found = getattr(base, kind, None)
+            if isinstance(found, Tensor):
+                return found
+        return None
 
     def by_name(self, file: Path, key: str, part: str, name: str) -> Target:
         """The layer of that name in a part ("" for files that name none)."""

@@ -29,6 +29,7 @@ MAX_FILE = 16 * 1024**3
 # Bytes of an element of each dtype that a low-rank factor may have, and an alpha besides.
 ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 _ALPHA_BYTES = {**ITEM_BYTES, "I64": 8, "I32": 4}
+_GLANCE, _SHOWN = 512, 40  # bytes read, and shown, of a file that is something else
 _PICKLE_STARTS = (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05", b"PK\x03\x04")
 
 
@@ -94,6 +95,25 @@ def parse_json_object(path: Path, text: bytes) -> dict[str, Any]:
     return parsed
 
 
+def what_it_is(start: bytes) -> str | None:
+    """What a file is by its first bytes that is often in an adapter's place; None if not known."""
+    text = start.lstrip()
+    if not start:
+        return "empty: 0 bytes; was the download cut off?"
+    if start.startswith(_PICKLE_STARTS):
+        return "a pickle, not safetensors; pickles are never loaded"
+    if text.startswith(b"version https://git-lfs"):
+        return "a Git LFS pointer, not the file itself: fetch it with 'git lfs pull'"
+    if text.startswith(b"<"):
+        return "an HTML or XML page, not an adapter: a download that was answered with an error?"
+    if start.startswith((b"GGUF", b"\x1f\x8b")):
+        return f"a {'GGUF' if start.startswith(b'GGUF') else 'gzip'} file, not safetensors"
+    words = " ".join(text[:_SHOWN].decode("ascii", "replace").split())
+    if len(text) >= 8 and words.isprintable() and "\ufffd" not in words:
+        return f"text, not an adapter: it begins {words!r}; a download that failed?"
+    return None
+
+
 def _is_count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
@@ -148,11 +168,13 @@ def _read_header(path: Path, file: BinaryIO) -> tuple[bytes, dict[str, Entry], d
     if size > MAX_FILE:
         raise AdapterFileError(path, f"{size} bytes are over the limit of {MAX_FILE}")
     start = file.read(8)
-    if start.startswith(_PICKLE_STARTS):
-        raise AdapterFileError(path, "a pickle, not safetensors; pickles are never loaded")
+    length = int.from_bytes(start, "little")
+    if len(start) < 8 or length > min(size - 8, MAX_HEADER):
+        found = what_it_is(start + file.read(_GLANCE))
+        if found is not None:
+            raise AdapterFileError(path, found)
     if len(start) < 8:
         raise AdapterFileError(path, f"{size} bytes are too few for safetensors: truncated?")
-    length = int.from_bytes(start, "little")
     if length > size - 8:
         problem = f"the header claims {length} bytes, the file has {size - 8} after its first 8"
         raise AdapterFileError(path, problem)

@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from lora_ortho.adapters import LoadedAdapter, load_adapter
+from lora_ortho.adapters.names import titles
 from lora_ortho.adapters.tensor_file import read_tensors
 from lora_ortho.diagnostics import Pair, Report, by_pair, inspect
 
@@ -80,19 +81,14 @@ def run(args: argparse.Namespace) -> int:
 
 def _load(paths: Sequence[str], base: str | None, progress: Progress) -> list[LoadedAdapter]:
     """The adapters, each with a name of its own: as much of its path as that takes."""
-    resolved = [Path(path).resolve() for path in paths]
-    if len(set(resolved)) < len(resolved):
-        twice = next(path for path in resolved if resolved.count(path) > 1)
+    names = titles(paths)
+    if len(set(names)) < len(names):
+        twice = next(path for path, name in zip(paths, names, strict=True) if names.count(name) > 1)
         raise CliError(f"{twice} is given twice")
-    depth = 1
-    while len({path.parts[-depth:] for path in resolved}) < len(resolved):
-        depth += 1
     config = MergeConfig((), pipe_id=base, device="cpu")
     model = None if base is None else load_base(config, progress)
-    names = ["/".join(path.parts[-depth:]) for path in resolved]
-    short = [name.removesuffix(".safetensors") for name in names]
     adapters = []
-    for path, name in zip(paths, short if len(set(short)) == len(short) else names, strict=True):
+    for path, name in zip(paths, names, strict=True):
         progress(f"reading {path}")
         adapters.append(load_adapter(path, model, name=name))
     return adapters

@@ -34,7 +34,7 @@ def add_parser(commands: Any) -> None:
         "--export",
         type=Path,
         metavar="FOLDER",
-        help="save the merge as a PEFT adapter, run nothing",
+        help="save the merge as an adapter for PEFT, of a pipeline for diffusers; run nothing",
     )
     parser.add_argument(
         "--method",
@@ -43,6 +43,11 @@ def add_parser(commands: Any) -> None:
         help="of --export: direct (default) or ortho_rows",
     )
     parser.add_argument("--rank", type=int, help="of --export: reduce to this rank")
+    parser.add_argument(
+        "--mixed-ranks",
+        action="store_true",
+        help="of --export: every layer its own rank, not all the largest one by rows of zeros",
+    )
     parser.add_argument("--force", action="store_true", help="replace results that exist")
     add_common(parser)
     parser.set_defaults(run=run)
@@ -115,6 +120,8 @@ def _export(args: argparse.Namespace, config: MergeConfig, progress: Progress) -
         weights=config.weights,
         seed=config.seed,
         rank=args.rank,
+        equal_ranks=not args.mixed_ranks,
+        model=model,
         force=args.force,
     )
     print(to_json(written) if args.json else str(written))

@@ -8,11 +8,12 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from lora_ortho.adapters import LoadedAdapter, load_adapter
+from lora_ortho.adapters.names import titles
 from lora_ortho.adapters.tensor_file import open_regular
 from lora_ortho.problem import METHODS
 
@@ -178,9 +179,8 @@ def _config(table: Mapping[str, Any], folder: Path) -> MergeConfig:
     if not isinstance(loras, list) or not loras or not all(isinstance(x, dict) for x in loras):
         raise CliError("needs at least one [[loras]] table")
     checked = _values(MergeConfig, values, "", skip=("loras", "folder"))
-    config = MergeConfig(
-        tuple(_lora(lora, j) for j, lora in enumerate(loras)), folder=folder, **checked
-    )
+    tables = _named([_lora(lora, j) for j, lora in enumerate(loras)])
+    config = MergeConfig(tables, folder=folder, **checked)
     twice = {name for name in config.names if config.names.count(name) > 1}
     if twice:
         raise CliError(f"adapter_name {min(twice)!r} occurs twice")
@@ -199,8 +199,18 @@ def _lora(table: Mapping[str, Any], j: int) -> Lora:
     rate = values.get("dropout_rate")
     if rate is not None and not 0.0 <= rate < 1.0:
         raise CliError(f"{where}dropout_rate must be in [0, 1), got {rate}")
-    default = Path(values.get("file_name") or values["file_path"]).stem
-    return Lora(**{"adapter_name": default, **values})
+    return Lora(**values)
+
+
+def _named(loras: Sequence[Lora]) -> tuple[Lora, ...]:
+    """The tables, each with a name: its own, or as much of its path as tells it from others."""
+    nameless = [lora for lora in loras if lora.adapter_name is None]
+    paths = [Path(lora.file_path, lora.file_name or "") for lora in nameless]
+    names = iter(titles(paths))
+    return tuple(
+        replace(lora, adapter_name=next(names)) if lora.adapter_name is None else lora
+        for lora in loras
+    )
 
 
 _TEXTS = "tuple[str, ...]"
