@@ -19,9 +19,10 @@ import os
 import sys
 from collections.abc import Hashable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+import transformers
 from mergekit import merge_methods
 from mergekit.common import ModelReference
 from mergekit.io.tasks import LoaderCache
@@ -29,11 +30,11 @@ from mergekit.merge_methods.base import BasePolicy, InputContract, TensorGroup
 from mergekit.merge_methods.easy_define import merge_method
 from mergekit.merge_methods.registry import register, registered_methods
 
-from lora_ortho.adapters import AdapterFileError, LoadedAdapter, assign_streams
-from lora_ortho.adapters.peft_config import CONFIG_FILE
-from lora_ortho.adapters.tensor_file import open_regular, parse_json_object
+from lora_ortho.adapters import LoadedAdapter, assign_streams
+from lora_ortho.adapters.base_weights import lies_transposed
 from lora_ortho.cli.console import CliError, one_line
 from lora_ortho.cli.merge_config import read_config
+from lora_ortho.module import Adapter
 
 from .weights import check_method, left_over, members, merged
 
@@ -52,20 +53,7 @@ class _Plan(NamedTuple):
 def _plan(path: str, stamp: tuple[int, int]) -> _Plan:
     """The adapters of a TOML file, read once as long as the file does not change."""
     config = read_config(Path(path))
-    adapters = tuple(config.load_adapters())
-    for adapter in adapters:
-        _refuse_transposed(adapter)
-    return _Plan(adapters, config.p, config.weights)
-
-
-def _refuse_transposed(adapter: LoadedAdapter) -> None:
-    """Weights of (d_in, d_out), as GPT-2's Conv1D has them, cannot be told from square ones."""
-    file = Path(adapter.source) / CONFIG_FILE
-    if not file.is_file():
-        return
-    with open_regular(file) as opened:
-        if parse_json_object(file, opened.read()).get("fan_in_fan_out"):
-            raise AdapterFileError(file, "layers with transposed weights", "fan_in_fan_out")
+    return _Plan(tuple(config.load_adapters()), config.p, config.weights)
 
 
 @functools.lru_cache(maxsize=4)
@@ -82,14 +70,57 @@ def _streams(base: Hashable) -> dict[str, int] | None:
 
 
 @functools.lru_cache(maxsize=4)
+def _transposed(base: Hashable) -> frozenset[str] | None:
+    """The layers whose weights lie as (d_in, d_out); None where the model's class is not known.
+
+    A square weight does not show it, and configurations of adapters do not tell it of each layer:
+    the model is built without memory for weights, and its layers are asked.
+    """
+    if not isinstance(base, ModelReference):
+        return None
+    try:
+        config = base.config()
+        with torch.device("meta"):
+            model: Any = getattr(transformers, config.architectures[0])(config)
+    except Exception:  # whatever a class that transformers does not have, or cannot build, raises
+        return None
+    found = {name for name, module in model.named_modules() if lies_transposed(module)}
+    start = f"{model.base_model_prefix}."  # which some checkpoints leave out
+    return frozenset(found | {name.removeprefix(start) for name in found})
+
+
+def _lies_transposed(base: Hashable, layer: str, weight: torch.Tensor, part: Adapter) -> bool:
+    """Whether a layer's weight is (d_in, d_out): as the model has it, else by its sizes."""
+    known = _transposed(base)
+    if known is not None:
+        return layer in known
+    own = part.lora_B.shape[0], part.lora_A.shape[1]
+    if own[0] == own[1]:
+        raise ValueError(
+            f"layer {layer}: transformers does not know the base model's class, so whether this "
+            f"square weight lies transposed cannot be told"
+        )
+    return tuple(weight.shape) == own[::-1]
+
+
+@functools.lru_cache(maxsize=4)
 def _check_all_are_used(plan_key: tuple[str, tuple[int, int]], base: Hashable) -> None:
     if not isinstance(base, ModelReference):
         return
     names = LoaderCache().get(base).index.tensor_paths
     layers = {name.removesuffix(".weight"): name for name in names if name.endswith(".weight")}
-    problem = left_over(_plan(*plan_key).adapters, layers)
+    adapters = _plan(*plan_key).adapters
+    problem = left_over(adapters, layers)
     if problem is not None:
         raise ValueError(f"{plan_key[0]}: {problem}")
+    for layer in sorted({name for adapter in adapters for name in adapter.layers}):
+        start = f"{layer}."
+        found = {n.removeprefix(start) for n in names if n.startswith(start)} - {"weight", "bias"}
+        if found:
+            raise ValueError(
+                f"layer {layer} has {', '.join(sorted(found))} besides its weight, which may scale "
+                f"it: a quantised base cannot take a merge"
+            )
 
 
 @merge_method(  # type: ignore[untyped-decorator]
@@ -129,9 +160,17 @@ def lora_ortho(
     if biased:
         raise ValueError(f"layer {layer}: adapter {biased[0]!r} has a bias (lora_bias)")
     streams = _streams(entry.id) or assign_streams([layer])
+    turned = _lies_transposed(entry.id, layer, tensor, parts[0])
     try:
         weight, _ = merged(
-            tensor, None, parts, method, seed=seed, stream=streams[layer], sample=sample
+            tensor,
+            None,
+            parts,
+            method,
+            seed=seed,
+            stream=streams[layer],
+            sample=sample,
+            transposed=turned,
         )
     except ValueError as error:
         raise ValueError(f"layer {layer}: {error}") from error

@@ -9,13 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lora_ortho import mask_stream
 from lora_ortho.adapters import LoadedAdapter, assign_streams, fold
+from lora_ortho.adapters.base_weights import lies_transposed, why_not_changed, why_not_plain
 from lora_ortho.module import Adapter
+from lora_ortho.problem import finite_numbers
 
 METHODS = (*fold.METHODS, "element_disjoint")
 
@@ -37,34 +39,46 @@ def members(
 ) -> list[Adapter]:
     """The parts of adapters that adapt one layer, in merge order, with their weights and rates.
 
+    An adapter of weight 0 is off, and not among them.
+
     Args:
         layer: qualified name.
         adapters: any of which may leave the layer alone.
         p: a dropout rate for each adapter; None is 1 - 1/K of those on this layer.
         weights: a merge weight for each; None is 1.
     Raises:
-        ValueError: not as many rates or weights as adapters.
+        TypeError, ValueError: p or weights is not a finite number for each adapter.
     """
-    for name, values in (("p", p), ("weights", weights)):
-        if values is not None and len(values) != len(adapters):
-            count = len(adapters)
-            raise ValueError(f"{name} must have a value for each of {count} adapters, got {values}")
-    return [
+    rates = None if p is None else finite_numbers("p", p, len(adapters))
+    gains = finite_numbers("weights", weights, len(adapters))
+    found = [
         replace(
             adapter.layers[layer],
-            weight=1.0 if weights is None else weights[j],
-            p=None if p is None else p[j],
+            weight=gains[j],
+            p=None if rates is None else rates[j],
             name=adapter.name,
         )
         for j, adapter in enumerate(adapters)
         if layer in adapter.layers
     ]
+    return [part for part in found if not fold.is_off(part)]
 
 
-def check(weight: Tensor, bias: Tensor | None, adapters: Sequence[Adapter], method: str) -> None:
+def check(
+    weight: Tensor,
+    bias: Tensor | None,
+    adapters: Sequence[Adapter],
+    method: str,
+    *,
+    transposed: bool = False,
+) -> None:
     """Raise ValueError, naming what does not fit, wherever `merged` would."""
     check_method(method)
-    sizes = tuple(weight.shape)
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        reason = None if tensor is None else why_not_plain(tensor)
+        if reason is not None:
+            raise ValueError(f"its {name} {reason}")
+    sizes = tuple(weight.T.shape if transposed else weight.shape)
     for adapter in adapters:
         own = adapter.lora_B.shape[0], adapter.lora_A.shape[1]
         if own != sizes:
@@ -76,8 +90,8 @@ def check(weight: Tensor, bias: Tensor | None, adapters: Sequence[Adapter], meth
                 f"adapter {adapter.name!r} has a bias (lora_bias), and the base layer none that "
                 f"it could be added to"
             )
-    if method != "direct":
-        mask_stream.thresholds(fold.rates(adapters), "orthogonal")
+    if adapters:
+        fold.check(method, adapters)
 
 
 def merged(
@@ -89,29 +103,34 @@ def merged(
     seed: int,
     stream: int,
     sample: int = 0,
+    transposed: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """One layer's weight and bias with its adapters merged in; the given ones are not modified.
 
     Args:
-        weight: (d_out, d_in) of the base layer.
+        weight: (d_out, d_in) of the base layer, or (d_in, d_out) where it lies transposed.
         bias: (d_out,), or None for a layer without.
         adapters: of this layer, see `members`.
         method: one of ``METHODS``. The coordinates of an owner are, for `ortho_rows`, row 0 and
             the output feature as column; for `element_disjoint` the output feature as row and the
             input feature as column, a bias being column d_in (`adapters.fold`).
         seed, stream, sample: of the mask stream.
+        transposed: the weight is that of a Conv1D of transformers, (d_in, d_out).
     Returns:
         Both in the dtype of the given ones, rounded once.
     Raises:
-        ValueError: sizes that do not fit, Σ(1 - p) > 1, or an adapter with a bias on a layer
-            without.
+        ValueError: sizes that do not fit, Σ(1 - p) > 1, an adapter with a bias on a layer
+            without, or a weight that is no W: quantised, on the meta device, a tensor subclass.
     """
-    check(weight, bias, adapters, method)
+    check(weight, bias, adapters, method, transposed=transposed)
+    if not adapters:
+        return weight.clone(), None if bias is None else bias.clone()
     if method == "element_disjoint":
         delta, extra = fold.element_disjoint(adapters, seed=seed, stream=stream, sample=sample)
     else:
         folded = fold.fold(method, adapters, seed=seed, stream=stream, sample=sample)
         delta, extra = folded.lora_B @ folded.lora_A, folded.bias
+    delta = delta.T if transposed else delta
     return _sum(weight, delta), bias if bias is None or extra is None else _sum(bias, extra)
 
 
@@ -127,6 +146,9 @@ def fold_into(
 ) -> nn.Module:
     """Adapters merged into the linear layers of a model, in place.
 
+    An adapter of weight 0 is left out before K is counted. Of transformers' Conv1D, as GPT-2 has
+    it, the transposed difference is added.
+
     Args:
         model: a plain torch model with the adapters' layers under their names.
         adapters: from `load_adapter`, in merge order.
@@ -137,7 +159,9 @@ def fold_into(
     Returns:
         The model.
     Raises:
-        TypeError, ValueError: by name, before the model is changed.
+        TypeError, ValueError: by name, before the model is changed. A layer whose weight is not W
+            (quantised, offloaded, with a scale besides, made from other parameters, or used by a
+            forward of its own) is refused.
     """
     modules = dict(model.named_modules(remove_duplicate=False))
     problem = left_over(adapters, modules)
@@ -148,15 +172,24 @@ def fold_into(
     for name in sorted({name for adapter in adapters for name in adapter.layers}):
         layer = _linear(model, modules, name)
         parts = members(name, adapters, p, weights)
+        turned = lies_transposed(layer)
         try:
-            check(layer.weight, layer.bias, parts, method)
+            check(layer.weight, layer.bias, parts, method, transposed=turned)
         except ValueError as error:
             raise ValueError(f"layer {name}: {error}") from error
-        plan.append((streams[name], layer, parts))
+        if parts:
+            plan.append((streams[name], layer, parts, turned))
     with torch.no_grad():
-        for stream, layer, parts in plan:
+        for stream, layer, parts, turned in plan:
             weight, bias = merged(
-                layer.weight, layer.bias, parts, method, seed=seed, stream=stream, sample=sample
+                layer.weight,
+                layer.bias,
+                parts,
+                method,
+                seed=seed,
+                stream=stream,
+                sample=sample,
+                transposed=turned,
             )
             layer.weight.copy_(weight)
             if bias is not None:
@@ -164,11 +197,12 @@ def fold_into(
     return model
 
 
-def _linear(model: nn.Module, modules: Mapping[str, nn.Module], name: str) -> nn.Linear:
+def _linear(model: nn.Module, modules: Mapping[str, nn.Module], name: str) -> Any:
     """The layer of that name, if its weight can be changed without side effects."""
     layer = modules[name]
-    if not isinstance(layer, nn.Linear):
-        raise ValueError(f"layer {name} is a {type(layer).__name__}; it must be an nn.Linear")
+    reason = why_not_changed(layer)
+    if reason is not None:
+        raise ValueError(f"layer {name} {reason}")
     own = {id(parameter) for parameter in layer.parameters()}
     users = [n for n, q in model.named_parameters(remove_duplicate=False) if id(q) in own]
     if len(users) > len(own):
