@@ -23,9 +23,8 @@ from .convolution import why_not_peft
 from .export_files import LOADABLE, diffusers_files, peft_files, with_equal_ranks
 from .export_source import Source, resolve
 from .loaded import LoadedAdapter
+from .made import METADATA
 from .merge import merge_adapters
-
-METADATA = "lora_ortho"  # the name of our metadata in the tensor file's header
 
 
 @dataclass(frozen=True)

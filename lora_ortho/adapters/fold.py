@@ -187,8 +187,8 @@ def check(method: str, adapters: Sequence[Adapter]) -> None:
 
 
 def is_off(adapter: Adapter) -> bool:
-    """True for an adapter of weight 0, or of scaling 0, which is how diffusers sets a weight."""
-    return adapter.weight == 0 or adapter.scaling == 0
+    """True for an adapter of weight 0."""
+    return adapter.weight == 0
 
 
 def _rule(adapters: Sequence[Adapter], method: str) -> Rule:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from .converters import convert, needs_converter
 from .errors import AdapterFileError
 from .export_files import DIFFUSERS_METADATA
 from .loaded import LoadedAdapter, Piece, assemble, check_shapes
+from .made import warn_of_other_masks
 from .peft_config import CONFIG_FILE, MAX_NAME, PeftConfig, parse_peft_config
 from .peft_folder import PREFIX, foreign, one_adapter
 from .targets import Target, Targets, check_fit
@@ -81,7 +82,8 @@ def read_image_file(file: Path, targets: Targets, name: str) -> LoadedAdapter:
         groups = _groups(file, entries, targets)
         wanted = targets.wanted(file, (group.part for group in groups))
         groups = [group for group in groups if group.part in wanted]
-        configs.update(_configs(file, metadata, targets))
+        warn_of_other_masks(file, metadata)
+        configs.update(_configs(file, metadata, targets.known_parts))
         for group in groups:
             _check_group(file, group, entries)
             plan.append((group, _target(file, group, entries, targets)))
@@ -144,7 +146,7 @@ def _group(stem: str, targets: Targets) -> _Group:
             there += [part for part in parts if targets.root(part) is not None]
             return _Group([*there, *parts][0], stem.removeprefix(prefix), True)
     first, _, rest = stem.partition(".")
-    part, layer = (first, rest) if targets.names_part(first) and rest else ("", stem)
+    part, layer = (first, rest) if first in targets.known_parts and rest else ("", stem)
     return _Group(part, _PROCESSOR.sub(_plain_attention, layer), False)
 
 
@@ -238,7 +240,9 @@ def _converted(
     return pieces
 
 
-def _configs(file: Path, metadata: Mapping[str, str], targets: Targets) -> dict[str, PeftConfig]:
+def _configs(
+    file: Path, metadata: Mapping[str, str], parts: Collection[str]
+) -> dict[str, PeftConfig]:
     """PEFT's configurations by part, where diffusers wrote them into the header."""
     text = metadata.get(DIFFUSERS_METADATA)
     if text is None:
@@ -246,6 +250,6 @@ def _configs(file: Path, metadata: Mapping[str, str], targets: Targets) -> dict[
     by_part: dict[str, dict[str, object]] = {}
     for key, value in parse_json_object(file, text.encode()).items():
         first, _, rest = key.partition(".")
-        part, name = (first, rest) if targets.names_part(first) and rest else ("", key)
+        part, name = (first, rest) if first in parts and rest else ("", key)
         by_part.setdefault(part, {})[name] = value
     return {part: parse_peft_config(file, fields) for part, fields in by_part.items()}

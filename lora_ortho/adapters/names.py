@@ -19,11 +19,14 @@ def title_of(path: str | os.PathLike[str]) -> str:
 
 
 def titles(paths: Sequence[str | os.PathLike[str]]) -> list[str]:
-    """Names for several: of those that end alike, as much of the path as tells them apart.
+    """Names for several: of those that are alike, as much of the path as tells them apart.
 
     Equal paths have equal names.
     """
-    found = [_levels(path) for path in paths]
+    whole = [_levels(path) for path in paths]
+    found = [(*levels[:-1], levels[-1].removesuffix(_ENDING) or _ENDING) for levels in whole]
+    if len(set(found)) < len(set(whole)):  # a folder and a file that differ in the ending alone
+        found = whole
     names = [levels[-1] for levels in found]
     for depth in range(2, max(map(len, found), default=0) + 1):
         pairs = set(zip(names, found, strict=True))
@@ -40,4 +43,4 @@ def _levels(path: str | os.PathLike[str]) -> tuple[str, ...]:
         parts = parts[:-1]
     if len(parts) > 2 and parts[-2] == "snapshots" and parts[-3].startswith(_CACHED):
         parts = (*parts[:-3], *parts[-3].removeprefix(_CACHED).split("--"))
-    return (*parts[:-1], parts[-1].removesuffix(_ENDING) or parts[-1])
+    return parts

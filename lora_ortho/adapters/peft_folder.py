@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .errors import AdapterFileError
 from .loaded import LoadedAdapter, Piece, assemble, check_shapes
+from .made import warn_of_other_masks
 from .peft_config import (
     CONFIG_FILE,
     MAX_NAME,
@@ -19,8 +20,7 @@ from .peft_config import (
     read_peft_config,
     reader_settings,
 )
-from .renamed import Renaming
-from .targets import Target, Targets, check_fit
+from .targets import Targets, check_fit
 from .tensor_file import Entry, read_tensors
 
 TENSOR_FILE = "adapter_model.safetensors"
@@ -74,13 +74,13 @@ def read_folder(folder: Path, targets: Targets, name: str) -> LoadedAdapter:
     config, digest = read_peft_config(folder / CONFIG_FILE)
     tensor_file = folder / TENSOR_FILE
     pieces: list[Piece] = []
-    renaming = Renaming(targets.root(targets.part or ""))
     whole: dict[str, Tensor] = {}  # weights of the model, by the keys of those in the file
 
-    def check(entries: dict[str, Entry], _: dict[str, str]) -> None:
+    def check(entries: dict[str, Entry], metadata: dict[str, str]) -> None:
+        warn_of_other_masks(tensor_file, metadata)
         layers, base = _by_layer(tensor_file, entries, config)
         for layer, parts in layers.items():
-            pieces.append(_piece(tensor_file, layer, parts, entries, config, targets, renaming))
+            pieces.append(_piece(tensor_file, layer, parts, entries, config, targets))
         for key in base:
             whole[key] = _base_weight(tensor_file, key, entries[key], targets)
 
@@ -160,18 +160,6 @@ def _base_weight(file: Path, key: str, entry: Entry, targets: Targets) -> Tensor
     return weight
 
 
-def _target(file: Path, key: str, layer: str, targets: Targets, renaming: Renaming) -> Target:
-    """The layer of that name, or of the name that PEFT gives it in this model."""
-    part = targets.part or ""
-    try:
-        return targets.by_name(file, key, part, layer)
-    except AdapterFileError:
-        other = renaming(layer)
-        if other is None:
-            raise
-        return targets.by_name(file, key, part, other)
-
-
 def _piece(
     file: Path,
     layer: str,
@@ -179,7 +167,6 @@ def _piece(
     entries: Mapping[str, Entry],
     config: PeftConfig,
     targets: Targets,
-    renaming: Renaming,
 ) -> Piece:
     """All parts there, of shapes that fit one another, the configured rank and the model."""
     for part in ["lora_A.weight", "lora_B.weight"] + ["lora_B.bias"] * config.lora_bias:
@@ -187,7 +174,7 @@ def _piece(
             raise AdapterFileError(file, "missing", f"{PREFIX}{layer}.{part}")
     key_A, key_B, bias = parts["lora_A.weight"], parts["lora_B.weight"], parts.get("lora_B.bias")
     check_shapes(file, (key_A, key_B, bias), entries, config.rank_of(layer))
-    target = _target(file, key_A, layer, targets, renaming)
+    target = targets.by_name(file, key_A, targets.part or "", layer)
     check_fit(file, key_A, target, entries[key_A].shape, entries[key_B].shape)
     kernel = entries[key_A].shape[2:] if target.shape is None else target.shape.kernel
     return Piece(target.name, key_A, key_B, bias, config.scaling_of(layer), kernel)

@@ -93,15 +93,12 @@ class Targets:
         self._parts = parts
         self._names: dict[str, dict[str, Any]] = {}
         self._flat: dict[str, dict[str, list[str]]] = {}
+        self.known_parts = frozenset([*PARTS, *(parts or ())])
 
     @property
     def is_pipeline(self) -> bool:
         """True if the model is one of several parts."""
         return self._parts is not None and "" not in self._parts
-
-    def names_part(self, name: str) -> bool:
-        """True for a part that the pipeline has, or that some pipeline has."""
-        return name in PARTS or (self.is_pipeline and name in (self._parts or ()))
 
     def wanted(self, file: Path, parts: Iterable[str]) -> frozenset[str]:
         """Which parts of a file to read, of those that it has.
