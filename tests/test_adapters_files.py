@@ -16,7 +16,7 @@ from adapter_files import PREFIX, config, refused, small_model, tensors, write
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from lora_ortho.adapters import load_adapter
+from lora_ortho.adapters import AdapterFileError, load_adapter
 from lora_ortho.adapters.tensor_file import MAX_FILE, MAX_HEADER, read_header
 
 
@@ -273,3 +273,44 @@ def test_read_header_alone(tmp_path: Path) -> None:
     entries = read_header(write(tmp_path / "x") / "adapter_model.safetensors")
     assert entries[A_KEY].shape == (2, 3)
     assert entries[A_KEY].dtype == "F32"
+
+
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 12345\n"
+SOMETHING_ELSE = {
+    "LFS": (LFS, "a Git LFS pointer, not the file itself: fetch it with 'git lfs pull'"),
+    "HTML": (b"<!DOCTYPE html>\n<html><head><title>404</title>", "an HTML or XML page"),
+    "XML": (b"<?xml version='1.0'?><Error><Code>AccessDenied</Code></Error>", "HTML or XML page"),
+    "JSON": (b'{"error":"Repository not found"}', 'text, not an adapter: it begins \'{"error"'),
+    "words": (b"Access to model x is restricted.\n", "it begins 'Access to model x is restricted."),
+    "nothing": (b"", "empty: 0 bytes"),
+    "GGUF": (b"GGUF\x03\x00\x00\x00" + bytes(100), "a GGUF file"),
+    "gzip": (b"\x1f\x8b\x08\x00\x00\x00\x00\x00" + bytes(100), "a gzip file"),
+    "pickle": (b"\x80\x02}q\x00X\x01\x00\x00\x00a" + bytes(100), "pickles are never loaded"),
+}
+
+
+@pytest.mark.parametrize("kind", SOMETHING_ELSE)
+def test_files_that_are_something_else(tmp_path: Path, kind: str) -> None:
+    """One line that says what lies in an adapter's place, of both files of a folder."""
+    data, message = SOMETHING_ELSE[kind]
+    folder = write(tmp_path / "x", None, data)
+    refused(folder, "adapter_model.safetensors", message)
+    file = tmp_path / "x.safetensors"
+    file.write_bytes(data)
+    with pytest.raises(AdapterFileError) as caught:
+        load_adapter(file)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+    if kind != "JSON":
+        refused(write(tmp_path / "y", data), "adapter_config.json", message)
+
+
+@pytest.mark.parametrize("length", [0x280, 0x380, 0x480, 0x580])
+def test_a_header_whose_length_looks_like_a_pickle(tmp_path: Path, length: int) -> None:
+    """Headers of 640 bytes and so on begin as pickles do."""
+    data = save(tensors())
+    start = 8 + int.from_bytes(data[:8], "little")
+    assert start - 8 <= length
+    text = data[8:start].ljust(length)
+    file = length.to_bytes(8, "little") + text + data[start:]
+    assert list(load_adapter(write(tmp_path / "x", None, file)).layers) == ["a", "b.c"]

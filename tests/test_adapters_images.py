@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -248,6 +249,52 @@ def test_flux_blocks_of_kohya(tmp_path: Path) -> None:
     state = loaders.FluxLoraLoaderMixin.lora_state_dict(load_file(path))
     bare.load_lora_adapter(state, prefix="transformer")
     torch.testing.assert_close(ours, subject.run(bare), rtol=1e-9, atol=1e-9)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("alpha", [-3.0, 0.0, -1e-3])
+def test_alphas_that_diffusers_would_not_end_with(tmp_path: Path, alpha: float) -> None:
+    """A negative alpha is an inverted adapter, one of 0 none: as the layers of alpha 3 times that.
+
+    In a process of its own with a limit: diffusers' converter halves and doubles for ever.
+    """
+    subject = SUBJECTS["flux"]
+    bare: Any = subject.make()
+    right = load_adapter(flux_file(tmp_path / "right.safetensors", bare), bare)
+    path = flux_file(tmp_path / "flux.safetensors", bare, alpha)
+    program = (
+        "import sys, torch; sys.path.insert(0, sys.argv[3])\n"
+        "from models import SUBJECTS; from lora_ortho import load_adapter\n"
+        "layers = load_adapter(sys.argv[1], SUBJECTS['flux'].make()).layers\n"
+        "torch.save({n: p.scaling * p.lora_B @ p.lora_A for n, p in layers.items()}, sys.argv[2])"
+    )
+    words = [str(path), str(tmp_path / "found.pt"), str(Path(__file__).parent)]
+    subprocess.run([sys.executable, "-c", program, *words], check=True, timeout=120)
+    found = torch.load(tmp_path / "found.pt")
+    assert set(found) == set(right.layers)
+    for name, part in right.layers.items():
+        wanted = alpha / 3.0 * part.scaling * part.lora_B @ part.lora_A
+        torch.testing.assert_close(found[name], wanted, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("alpha", [1e12, -1e-12])
+def test_alphas_of_no_usual_size(tmp_path: Path, alpha: float) -> None:
+    bare: Any = SUBJECTS["flux"].make()
+    path = flux_file(tmp_path / "flux.safetensors", bare, alpha)
+    refused_file(path, f"an alpha of {alpha:g} for rank 4", model=bare)
+
+
+def test_a_negative_alpha_without_a_converter(tmp_path: Path) -> None:
+    bare = SUBJECTS["unet"].make()
+    layer: Any = bare.get_submodule(SUBJECTS["unet"].layer)
+    stem = f"lora_unet_{SUBJECTS['unet'].layer.replace('.', '_')}"
+    factors = {
+        f"{stem}.lora_down.weight": torch.ones(2, layer.in_features),
+        f"{stem}.lora_up.weight": torch.ones(layer.out_features, 2),
+        f"{stem}.alpha": torch.tensor(-4.0),
+    }
+    loaded = load_adapter(write_file(tmp_path / "x.safetensors", factors), bare)
+    assert [part.scaling for part in loaded.layers.values()] == [-2.0]
 
 
 def test_without_diffusers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,12 +15,13 @@ from adapter_files import write_file
 from models import KINDS, SUBJECTS, Subject, adapted
 from peft_models import Small, X, layer, make
 from safetensors import safe_open
+from safetensors.torch import load_file
 from test_adapters_images import kohya
 from torch import Tensor, nn
 
 import lora_ortho
-from lora_ortho import attach, export, inject, load_adapter
-from lora_ortho.adapters import adapters_of
+from lora_ortho import Adapter, attach, export, inject, load_adapter, mask_stream
+from lora_ortho.adapters import LoadedAdapter, adapters_of, assign_streams
 
 peft = pytest.importorskip("peft", reason="PEFT is not installed: nothing to export for")
 
@@ -219,6 +220,158 @@ def test_names_that_end_in_names(tmp_path: Path) -> None:
     again = peft.PeftModel.from_pretrained(model.base_model.model, tmp_path / "x")
     assert [n for n, m in again.named_modules() if hasattr(m, "lora_A")] == ["base_model.model.up"]
     torch.testing.assert_close(again(X), expected, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("equal_ranks", [False, True])
+def test_readers_of_mixed_ranks(tmp_path: Path, equal_ranks: bool) -> None:
+    """lora_alpha over a layer's own rank is its scaling, whoever reads; equal ranks over r too."""
+    model = make("one", "two", base=Small().double()).double()
+    for name in ("down", "image"):  # of one adapter each
+        layer(model, name).set_adapter(["one"] if name == "down" else ["two"])
+    wanted = {
+        name: sum(module.get_delta_weight(n) for n in module.active_adapters).flatten(1)
+        for name in ("up", "down", "image")
+        for module in [layer(model, name)]
+    }
+    written = export(model, tmp_path / "x", equal_ranks=equal_ranks)
+    fields = json.loads((tmp_path / "x" / "adapter_config.json").read_text())
+    ranks = {5} if equal_ranks else {2, 3, 5}
+    assert set(written.ranks.values()) == ranks
+    assert "alpha_pattern" not in fields
+    assert bool(fields.get("rank_pattern")) != equal_ranks
+    assert fields["target_modules"] == ["down", "image", "up"]
+    tensors = load_file(tmp_path / "x" / "adapter_model.safetensors")
+    for name, delta in wanted.items():
+        A, B = (tensors[f"base_model.model.{name}.lora_{x}.weight"].flatten(1) for x in "AB")
+        close(fields["lora_alpha"] / len(A) * B @ A, delta)
+        if equal_ranks:
+            assert len(A) == fields["r"] == fields["lora_alpha"]
+    theirs = reloaded(Small().double(), tmp_path / "x")
+    for name, delta in wanted.items():
+        close(layer(theirs, name).get_delta_weight("default").flatten(1), delta)
+
+
+class Blocks(nn.Module):
+    """Layers of equal last names, one of them not to be adapted, and other modules of the name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.ModuleDict({"up": nn.Linear(4, 4)}) for _ in range(3))
+        self.side = nn.ModuleDict({"up": nn.ReLU(), "down": nn.Linear(4, 4)})
+
+
+@pytest.mark.parametrize(
+    ("names", "targets"),
+    [
+        (["blocks.0.up", "blocks.1.up", "blocks.2.up"], ["0.up", "1.up", "2.up"]),
+        (["side.down"], ["down"]),
+        (["blocks.1.up", "side.down"], ["1.up", "down"]),
+    ],
+)
+def test_the_shortest_names_that_select_the_layers(
+    tmp_path: Path, names: list[str], targets: list[str]
+) -> None:
+    model = Blocks()
+    part = Adapter(torch.ones(2, 4), torch.ones(4, 2))
+    one = LoadedAdapter("one", dict.fromkeys(names, part), Path("one"))
+    export([one], tmp_path / "x", model=model)
+    fields = json.loads((tmp_path / "x" / "adapter_config.json").read_text())
+    assert fields["target_modules"] == targets
+    adapted = peft.PeftModel.from_pretrained(model, tmp_path / "x").base_model.model
+    assert [n for n, m in adapted.named_modules() if hasattr(m, "lora_A")] == names
+
+
+# What an attachment or injection was set to
+
+
+def deltas_of(folder: Path) -> dict[str, Tensor]:
+    layers = load_adapter(folder).layers
+    return {name: part.scaling * part.lora_B @ part.lora_A for name, part in layers.items()}
+
+
+SETTINGS: Any = {"p": [0.75, 0.5], "weights": [0.5, -2.0]}
+
+
+def test_an_attached_model_is_exported_as_it_is_attached(tmp_path: Path) -> None:
+    """Rates, weights, order, seed and sample, of the model and of the handle, until given."""
+    model = make()
+    named: Any = {"adapters": ["two", "one"], **SETTINGS}
+    export(model, tmp_path / "wanted", "ortho_rows", seed=7, sample=3, **named)
+    export(
+        model, tmp_path / "other", "ortho_rows", seed=7, sample=3, **{**named, "weights": [1, 1]}
+    )
+    wanted, other = deltas_of(tmp_path / "wanted"), deltas_of(tmp_path / "other")
+    with attach(model, ["two", "one"], seed=7, **SETTINGS) as handle:
+        handle.set(sample=3)
+        for j, source in enumerate((model, handle)):
+            export(source, tmp_path / f"{j}", "ortho_rows")
+            export(source, tmp_path / f"given{j}", "ortho_rows", weights=[1, 1])
+            for name, delta in deltas_of(tmp_path / f"{j}").items():
+                assert torch.equal(delta, wanted[name])
+            for name, delta in deltas_of(tmp_path / f"given{j}").items():
+                assert torch.equal(delta, other[name])
+        with safe_open(tmp_path / "0" / "adapter_model.safetensors", "pt") as file:
+            made = json.loads(file.metadata()["lora_ortho"])
+        assert [(one["name"], one["p"], one["weight"]) for one in made["adapters"]] == [
+            ("two", 0.75, 0.5), ("one", 0.5, -2.0)
+        ]  # fmt: skip
+        assert (made["seed"], made["sample"], made["mask_stream"]) == (7, 3, 1)
+        export(handle, tmp_path / "some", adapters=["one"])
+    with safe_open(tmp_path / "some" / "adapter_model.safetensors", "pt") as file:
+        (one,) = json.loads(file.metadata()["lora_ortho"])["adapters"]
+    assert (one["name"], one["p"], one["weight"]) == ("one", 0.5, -2.0)
+
+
+def test_an_injection_is_exported_as_it_is(tmp_path: Path) -> None:
+    """With convolutions and biases, and factors as they are at this moment."""
+    make("one", lora_bias=True).save_pretrained(tmp_path)
+    make("two").save_pretrained(tmp_path)
+    model = Small()
+    loaded = [load_adapter(tmp_path / name, model) for name in ("one", "two")]
+    export(loaded, tmp_path / "wanted", "ortho_rows", seed=9, sample=2, **SETTINGS)
+    export(loaded, tmp_path / "default", "ortho_rows")
+    with inject(model, loaded, seed=9, **SETTINGS) as handle:
+        handle.set(sample=2)
+        export(handle, tmp_path / "found", "ortho_rows")
+        refused(tmp_path, handle, ValueError, "an injection is exported whole", adapters=["one"])
+        refused(tmp_path, model, ValueError, "give the handle that inject gave")
+    with inject(model, loaded) as handle:
+        export(handle, tmp_path / "fresh", "ortho_rows")
+    for found, right in (("found", "wanted"), ("fresh", "default")):
+        one, two = (load_adapter(tmp_path / name) for name in (found, right))
+        assert list(one.layers) == list(two.layers)
+        assert one.kernels == two.kernels
+        for name, part in two.layers.items():
+            for field in ("lora_A", "lora_B", "bias"):
+                assert torch.equal(getattr(one.layers[name], field), getattr(part, field))
+
+
+def test_weight_0_is_off(tmp_path: Path) -> None:
+    """Left out before K is counted; a layer that only such adapters adapt is left out."""
+    model = make("one", "two", "three")
+    for name in ("down", "image"):
+        layer(model, name).set_adapter(["one", "two"])
+    layer(model, "down").set_adapter(["two"])
+    found = {adapter.name: adapter for adapter in adapters_of(model)}
+    loaded = [found[name] for name in ("one", "two", "three")]
+    export(loaded, tmp_path / "x", "ortho_rows", weights=[1, 0, 2], seed=4)
+    export([loaded[0], loaded[2]], tmp_path / "y", "ortho_rows", weights=[1, 2], seed=4)
+    assert list(deltas_of(tmp_path / "x")) == ["image", "up"]
+    for name, delta in deltas_of(tmp_path / "y").items():
+        assert torch.equal(delta, deltas_of(tmp_path / "x")[name])
+    export(loaded, tmp_path / "kept", "ortho_rows", weights=[1, 0, 2], seed=4,
+           keep_zero_weights=True)  # fmt: skip
+    kept = deltas_of(tmp_path / "kept")["up"]
+    stream = assign_streams(["down", "image", "up"])["up"]
+    owner = mask_stream.winners(4, range(1), range(10), [2 / 3] * 3, stream=stream)[0]
+    assert set(owner.tolist()) == {0, 1, 2}
+    assert bool((kept[owner == 1] == 0).all())
+    export(loaded, tmp_path / "p", "ortho_rows", weights=[1, 0, 2], p=[0.5, 0.1, 0.5], seed=4)
+    for name, delta in deltas_of(tmp_path / "y").items():
+        if name == "up":  # 0.1 of the one that is off counts for nothing
+            assert torch.equal(delta, deltas_of(tmp_path / "p")[name])
+    refused(tmp_path, loaded, ValueError, "every adapter has weight 0", weights=[0, 0, 0])
 
 
 # Refusals

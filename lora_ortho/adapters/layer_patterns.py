@@ -43,29 +43,28 @@ class LayerPatterns(Generic[_Value]):
 
     def __init__(self, patterns: Mapping[str, _Value]) -> None:
         self._values = list(patterns.values())
-        self._whole: dict[str, int] = {}  # "^name"
-        self._ends: dict[int, dict[tuple[int, ...], dict[str, int]]] = {}  # by length, by _ANY
+        # Texts, by whether they stand for whole names, by their length, by where _ANY is.
+        self._texts: dict[tuple[bool, int], dict[tuple[int, ...], dict[str, int]]] = {}
         self._others: list[tuple[int, str, Any]] = []
         self._steps = 0
         for index, pattern in enumerate(patterns):
             self._add(index, pattern, _parse(pattern))
 
     def _add(self, index: int, pattern: str, elements: list[Any]) -> None:
-        anchored = bool(elements) and str(elements[0][0]) == "AT" and _at(elements[0][1]) == "start"
-        text = _plain(elements[1:] if anchored else elements)
-        if text is None or (anchored and _ANY in text):
+        whole = bool(elements) and str(elements[0][0]) == "AT" and _at(elements[0][1]) == "start"
+        text = _plain(elements[1:] if whole else elements)
+        if text is None:
             self._others.append((index, pattern, elements))
-        elif anchored:
-            self._whole.setdefault(text, index)
-        else:
-            holes = tuple(place for place, character in enumerate(text) if character == _ANY)
-            self._ends.setdefault(len(text), {}).setdefault(holes, {}).setdefault(text, index)
+            return
+        holes = tuple(place for place, character in enumerate(text) if character == _ANY)
+        tables = self._texts.setdefault((whole, len(text)), {})
+        tables.setdefault(holes, {}).setdefault(text, index)
 
     def find(self, layer: str) -> _Value | None:
         """The value of the first pattern that matches a layer's name; None where none does."""
-        found = [self._whole[layer]] if layer in self._whole else []
-        for start in _starts(layer):
-            for holes, table in self._ends.get(len(layer) - start, {}).items():
+        found = []
+        for whole, start in [(True, 0), *((False, start) for start in _starts(layer))]:
+            for holes, table in self._texts.get((whole, len(layer) - start), {}).items():
                 self._count(1 + len(holes))
                 index = table.get(_with_holes(layer[start:], holes))
                 if index is not None:
