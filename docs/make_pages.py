@@ -164,7 +164,12 @@ def support() -> str:
         "groups.",
         "## Adapter files",
         f"Tensors of {dtypes}, each finite; the header is checked before anything is allocated; "
-        "pickles are never loaded; a key that has no place is refused.",
+        "pickles are never loaded; a key that has no place is refused. The name of the adapter may "
+        "stand in the keys (`lora_A.default.weight`), of one adapter in all of them. A whole weight "
+        "of the base model beside the factors, as PEFT saves those of embeddings and of layers "
+        "that it wrapped (`lm_head.base_layer.weight`), is compared with the model's: equal, it is "
+        "passed over; changed, resized or without a model, it is refused. An alpha may be negative: "
+        f"the adapter is then taken away. What is refused as another kind: {peft_config.WAY_OUT}.",
         _table(
             ("part of a key", "refused as"),
             [(f"`{part}`", kind) for part, kind in sorted(peft_folder.FOREIGN.items())],
@@ -174,7 +179,8 @@ def support() -> str:
         "name with underscores, and is looked up in the model: two matches are an error. Layers "
         "that are numbered otherwise go through diffusers' own converters for "
         + ", ".join(f"`{name}`" for name in sorted(converters._CONVERTERS))
-        + ".",
+        + "; those of other programs (`diffusion_model.…` of ComfyUI, musubi's names on Wan) only "
+        "diffusers reads: `pipeline.load_lora_weights`, then `attach`.",
         _table(
             ("kohya's prefix", "part of the pipeline"),
             [
@@ -188,7 +194,9 @@ def support() -> str:
         ),
         "## adapter_config.json",
         f"A field that is not listed must be off. `init_lora_weights` may be true, false or one of "
-        f"{inits}; others belong to changed base weights.",
+        f"{inits}; others belong to changed base weights. `rank_pattern` and `alpha_pattern` mean "
+        "what they mean in PEFT, in time that grows with pattern and name; back references, atomic "
+        "groups and flags are refused.",
         _table(("field", "is", "why"), [(f"`{name}`", how, why) for name, how, why in fields]),
     ]
     return "\n\n".join(parts) + "\n"

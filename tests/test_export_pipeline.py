@@ -224,7 +224,7 @@ def test_what_diffusers_would_not_load_is_refused(workplace: Path, tmp_path: Pat
     refused(tmp_path, [other], "layer controlnet.", "export that part alone", "part='controlnet'")
     unet = pipeline(workplace).unet
     alone = lora_ortho.load_adapter(workplace / "one.safetensors", unet, part="unet")
-    refused(tmp_path, [one, alone], "'one' is for parts of a pipeline, 'one' for one model")
+    refused(tmp_path, [one, alone], "adapter 'one' is for parts of a pipeline, 'one' for one")
 
 
 @pytest.mark.parametrize(

@@ -208,7 +208,7 @@ def _common_parts(adapters: Sequence[LoadedAdapter]) -> frozenset[str]:
     split = [adapter.name for adapter in adapters if adapter.parts]
     if whole and split:
         raise ValueError(
-            f"adapters: {split[0]!r} is for parts of a pipeline, {whole[0]!r} for one model; load "
+            f"adapter {split[0]!r} is for parts of a pipeline, {whole[0]!r} for one model; load "
             f"both through the pipeline, or both with part="
         )
     return frozenset(part for adapter in adapters for part in adapter.parts)

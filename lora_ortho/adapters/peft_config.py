@@ -49,6 +49,10 @@ REFUSED = {
     "kasa_config": "KaSA changes the base weights and adds a diagonal factor",
     "monteclora_config": "MonteCLoRA adds random variables of its own",
 }
+# What to do about an adapter of another kind than LoRA.
+WAY_OUT = (
+    "merge it into the base weights with what made it, and load the other adapters on the result"
+)
 # Initialisations that leave the base weights alone; others subtract from them.
 HARMLESS_INITS = frozenset(["gaussian", "eva", "orthogonal", "mica"])
 
@@ -160,10 +164,12 @@ class PeftConfig:
 def _check_fields(path: Path, fields: dict[str, Any]) -> None:
     kind = fields.get("peft_type")
     if kind != "LORA":
-        raise AdapterFileError(path, f"only 'LORA' is supported, found {kind!r}", "peft_type")
+        problem = f"only 'LORA' is supported, found {kind!r}: {WAY_OUT}"
+        raise AdapterFileError(path, problem, "peft_type")
     for name, why in REFUSED.items():
         if not _off(fields.get(name)):
-            raise AdapterFileError(path, f"{fields[name]!r} is not supported: {why}", name)
+            problem = f"{fields[name]!r} is not supported: {why}; {WAY_OUT}"
+            raise AdapterFileError(path, problem, name)
     bias = fields.get("bias", "none")
     if bias != "none":
         problem = f"{bias!r} is not supported: the base model's biases would be replaced"

@@ -15,6 +15,7 @@ from .made import warn_of_other_masks
 from .peft_config import (
     CONFIG_FILE,
     MAX_NAME,
+    WAY_OUT,
     PeftConfig,
     leaves_of,
     read_peft_config,
@@ -46,15 +47,12 @@ FOREIGN = {
     "lora_mid": "a convolution in three factors",
     ".diff": "a whole difference of weights",
 }
-_WAY_OUT = (
-    "merge it into the base weights with what made it, and load the other adapters on the result"
-)
 
 
 def foreign(key: str) -> str:
     """Why a key has no place in an adapter that can be merged."""
     kinds = [kind for part, kind in FOREIGN.items() if part in key]
-    return f"{kinds[0]} is not supported: {_WAY_OUT}" if kinds else "unexpected key: left over"
+    return f"{kinds[0]} is not supported: {WAY_OUT}" if kinds else "unexpected key: left over"
 
 
 def one_adapter(file: Path, names: Mapping[str | None, str]) -> None:
