@@ -139,9 +139,10 @@ def test_the_command_writes_what_diffusers_loads(
     same(read_back(workplace, merged), wanted)
 
 
-def test_it_loads_back_here(workplace: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("options", [[], ["--mixed-ranks"]])
+def test_it_loads_back_here(workplace: Path, tmp_path: Path, options: list[str]) -> None:
     """Through the pipeline, without a model, and a part alone, which then becomes PEFT's folder."""
-    assert command(workplace, "--export", str(tmp_path / "merged")).returncode == 0
+    assert command(workplace, "--export", str(tmp_path / "merged"), *options).returncode == 0
     wanted = summed(deltas(workplace))
     pipe = pipeline(workplace)
     for model in (pipe, None):
