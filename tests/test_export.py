@@ -317,7 +317,13 @@ def test_an_attached_model_is_exported_as_it_is_attached(tmp_path: Path) -> None
             ("two", 0.75, 0.5), ("one", 0.5, -2.0)
         ]  # fmt: skip
         assert (made["seed"], made["sample"], made["mask_stream"]) == (7, 3, 1)
+        model.base_model.set_adapter(["one", "two"])  # attached layers keep their own order
+        export(model, tmp_path / "reset", "ortho_rows")
+        for name, delta in deltas_of(tmp_path / "reset").items():
+            assert torch.equal(delta, wanted[name])
         export(handle, tmp_path / "some", adapters=["one"])
+    with pytest.raises(ValueError, match="the handle is detached"):
+        export(handle, tmp_path / "late")
     with safe_open(tmp_path / "some" / "adapter_model.safetensors", "pt") as file:
         (one,) = json.loads(file.metadata()["lora_ortho"])["adapters"]
     assert (one["name"], one["p"], one["weight"]) == ("one", 0.5, -2.0)

@@ -61,6 +61,8 @@ def resolve(
         found = Source(_injected(source), source.model, p, weights, *fixed)
     elif isinstance(source, Attachment) or is_model(source):
         root = source.model if isinstance(source, Attachment) else source
+        if root is not source and _attached(root) is None:
+            raise ValueError("source: the handle is detached; give the model, p and weights")
         found = _of_model(root, names, p, weights)
     elif names is not None:
         raise ValueError("adapters can be chosen of a module only; give the list that you want")
