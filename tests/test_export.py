@@ -322,6 +322,14 @@ def test_an_attached_model_is_exported_as_it_is_attached(tmp_path: Path) -> None
         for name, delta in deltas_of(tmp_path / "reset").items():
             assert torch.equal(delta, wanted[name])
         export(handle, tmp_path / "some", adapters=["one"])
+    with attach(model, weights=[0.0, 1.0], seed=7, keep_zero_weights=True):
+        export(model, tmp_path / "kept", "ortho_rows")
+        export(model, tmp_path / "off", "ortho_rows", keep_zero_weights=False)
+    given: Any = {"weights": [0.0, 1.0], "seed": 7}
+    export(model, tmp_path / "kept_too", "ortho_rows", keep_zero_weights=True, **given)
+    for name, delta in deltas_of(tmp_path / "kept").items():
+        assert torch.equal(delta, deltas_of(tmp_path / "kept_too")[name])
+        assert not torch.equal(delta, deltas_of(tmp_path / "off")[name])
     with pytest.raises(ValueError, match="the handle is detached"):
         export(handle, tmp_path / "late")
     with safe_open(tmp_path / "some" / "adapter_model.safetensors", "pt") as file:

@@ -161,9 +161,7 @@ def attach(
     layers = tuner_layers(model)
     order, activate = pick(adapters, layers), adapters is not None
     rates, merge_weights = _by_adapter("p", p, order), _by_adapter("weights", weights, order)
-    shared = Shared(
-        order, rates, merge_weights, method, seed, 0, backend, bool(keep_zero_weights)
-    )
+    shared = Shared(order, rates, merge_weights, method, seed, 0, backend, bool(keep_zero_weights))
     problems = [*model_problems(model, order), *layer_problems(layers, order, activate)]
     if on_unsupported == "error":
         raise_problems([problem for problem in problems if problem.adapters])

@@ -60,7 +60,7 @@ def export(
     sample: int | None = None,
     rank: int | None = None,
     equal_ranks: bool = False,
-    keep_zero_weights: bool = False,
+    keep_zero_weights: bool | None = None,
     dtype: torch.dtype | None = None,
     model: Any = None,
     force: bool = False,
@@ -90,7 +90,8 @@ def export(
         rank: reduces every layer to at most that rank; the errors are returned.
         equal_ranks: gives all layers the largest rank by rows of zeros, for readers that know no
             rank_pattern.
-        keep_zero_weights: adapters of weight 0 keep their share of the elements.
+        keep_zero_weights: adapters of weight 0 keep their share of the elements; None is as the
+            attachment or injection has it, else False.
         dtype: of the written factors; None is float32, or float64 where a factor has it.
         model: the base model or pipeline of loaded adapters: then their layers are looked up in it.
         force: replaces a folder that is there.
@@ -106,7 +107,7 @@ def export(
     folder = Path(path)
     if os.path.lexists(folder) and not force:
         raise FileExistsError(f"path {folder} exists; force=True replaces it")
-    found = resolve(source, model, adapters, p, weights, seed, sample)
+    found = resolve(source, model, adapters, p, weights, seed, sample, keep_zero_weights)
     modules = {} if found.model is None else _modules(found.model)
     _check_layers(found, modules)
     merged, errors = merge_adapters(
@@ -118,7 +119,7 @@ def export(
         sample=found.sample,
         rank=rank,
         model=found.model,
-        keep_zero_weights=keep_zero_weights,
+        keep_zero_weights=found.keep_zero_weights,
     )
     if equal_ranks:
         merged = with_equal_ranks(merged)

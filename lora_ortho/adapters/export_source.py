@@ -18,7 +18,7 @@ from .inject import Injection
 from .loaded import LoadedAdapter, checked_adapters
 from .merge import adapters_of
 from .peft_checks import pick, tuner_layers
-from .peft_layers import Settings
+from .peft_layers import Shared
 
 
 @dataclass(frozen=True)
@@ -30,14 +30,16 @@ class Source:
         model: the base they are for, or None.
         p, weights: one for each, or None.
         seed, sample: of the masks.
+        keep_zero_weights: adapters of weight 0 keep their share of the elements.
     """
 
     adapters: list[LoadedAdapter]
     model: Any
     p: Sequence[float] | None
     weights: Sequence[float] | None
-    seed: int
-    sample: int
+    seed: int = 0
+    sample: int = 0
+    keep_zero_weights: bool = False
 
 
 def resolve(
@@ -48,6 +50,7 @@ def resolve(
     weights: Sequence[float] | None,
     seed: int | None,
     sample: int | None,
+    keep_zero_weights: bool | None,
 ) -> Source:
     """The adapters of a source; what is None is as the attachment or injection has it.
 
@@ -57,7 +60,8 @@ def resolve(
     if isinstance(source, Injection):
         if names is not None:
             raise ValueError("adapters: an injection is exported whole; leave the names out")
-        fixed = _fixed(next(iter(source.layers.values())))
+        one = next(iter(source.layers.values()))
+        fixed = one.seed or 0, one.sample, one.keep_zero_weights
         found = Source(_injected(source), source.model, p, weights, *fixed)
     elif isinstance(source, Attachment) or is_model(source):
         root = source.model if isinstance(source, Attachment) else source
@@ -67,12 +71,9 @@ def resolve(
     elif names is not None:
         raise ValueError("adapters can be chosen of a module only; give the list that you want")
     else:
-        found = Source(checked_adapters(source, "source"), model, p, weights, 0, 0)
-    return replace(
-        found,
-        seed=found.seed if seed is None else seed,
-        sample=found.sample if sample is None else sample,
-    )
+        found = Source(checked_adapters(source, "source"), model, p, weights)
+    given: dict[str, Any] = {"seed": seed, "sample": sample, "keep_zero_weights": keep_zero_weights}
+    return replace(found, **{name: value for name, value in given.items() if value is not None})
 
 
 def is_model(source: object) -> bool:
@@ -90,18 +91,23 @@ def _of_model(
     modules = [module for root in components(model).values() for module in root.modules()]
     if any(isinstance(module, FusedOrthoLoRALinear) for module in modules):
         raise ValueError("source: model holds injected layers; give the handle that inject gave")
-    settings = _attached(model)
-    if settings is None:
-        return Source(adapters_of(model, names), model, p, weights, 0, 0)
+    shared = _attached(model)
+    if shared is None:
+        return Source(adapters_of(model, names), model, p, weights)
     order = pick(names, tuner_layers(model, attached=True))
     if names is None:  # as the attached layers merge them
-        order = tuple(dict.fromkeys([*(n for n in settings.order if n in order), *order]))
+        order = tuple(dict.fromkeys([*(n for n in shared.order if n in order), *order]))
     adapters = adapters_of(model, order) if names is not None else _in_order(model, order)
-    if p is None and settings.p is not None:
-        p = settings.rates(order)
-    if weights is None and settings.weights is not None:
-        weights = [settings.weights.get(name, 1.0) for name in order]
-    return Source(adapters, model, p, weights, settings.seed or 0, settings.sample)
+    choice = shared.choice(order, [1.0] * len(order))
+    return Source(
+        adapters,
+        model,
+        p if p is not None or shared.p is None else [float(rate or 0.0) for rate in choice.p],
+        weights if weights is not None else choice.weights,
+        shared.seed or 0,
+        shared.sample,
+        shared.keep_zero_weights,
+    )
 
 
 def _in_order(model: Any, order: Sequence[str]) -> list[LoadedAdapter]:
@@ -110,15 +116,15 @@ def _in_order(model: Any, order: Sequence[str]) -> list[LoadedAdapter]:
     return [found[name] for name in order]
 
 
-def _attached(model: Any) -> Settings | None:
+def _attached(model: Any) -> Shared | None:
     """The settings with which a model is attached; None where it is not.
 
     Raises:
         ValueError: its parts are attached with different settings.
     """
     merges = [peft_layers.of(entry.module) for entry in tuner_layers(model, attached=True)]
-    found = [merge.settings for merge in merges if merge is not None]
-    if any(settings != found[0] for settings in found):
+    found = [merge.shared for merge in merges if merge is not None]
+    if any(shared != found[0] for shared in found):
         raise ValueError(
             "source: parts of it are attached with different settings; export them one by one"
         )
@@ -150,15 +156,10 @@ def _parts_of(layer: FusedOrthoLoRALinear) -> list[Adapter]:
     return [
         Adapter(f.lora_A.detach(), f.lora_B.detach(), scaling, weight, p, _detached(f.bias), name)
         for f, scaling, weight, p, name in zip(
-            factors, layer._scaling, layer.weights, layer._p, layer._names, strict=True
+            factors, layer._choice.scaling, layer.weights, layer.p, layer._names, strict=True
         )
     ]
 
 
 def _detached(bias: Tensor | None) -> Tensor | None:
     return None if bias is None else bias.detach()
-
-
-def _fixed(layer: FusedOrthoLoRALinear) -> tuple[int, int]:
-    """Seed and sample of injected layers; 0 where the seed is fresh at every call."""
-    return layer.seed or 0, layer.sample
