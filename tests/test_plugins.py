@@ -227,13 +227,19 @@ def with_weight(weight: Tensor) -> nn.Linear:
 ONES = torch.ones(4, 3)
 NO_W: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "own forward": (Int8Linear, "is a Int8Linear with a forward of its own"),
-    "int8": (lambda: with_weight(ONES.to(torch.int8)), "is quantised: its weight is torch.int8"),
-    "4 bit": (lambda: with_weight(ONES.to(torch.uint8)), "its weight is torch.uint8, codes"),
-    "fp8": (lambda: with_weight(ONES.to(torch.float8_e4m3fn)), "torch.float8_e4m3fn, codes"),
+    "int8": (
+        lambda: with_weight(ONES.to(torch.int8)),
+        "its weight is torch.int8: codes of a quantiser",
+    ),
+    "4 bit": (lambda: with_weight(ONES.to(torch.uint8)), "its weight is torch.uint8: codes"),
+    "fp8": (lambda: with_weight(ONES.to(torch.float8_e4m3fn)), "torch.float8_e4m3fn: codes"),
     "scale": (Scaled, "has weight_scale besides its weight"),
     "meta": (lambda: nn.Linear(3, 4, device="meta"), "on the meta device"),
-    "sparse": (lambda: with_weight(ONES.to_sparse()), "a weight of layout torch.sparse_coo"),
-    "subclass": (lambda: with_weight(ONES.as_subclass(Subclass)), "its weight as a Subclass"),
+    "sparse": (lambda: with_weight(ONES.to_sparse()), "its weight has the layout torch.sparse_coo"),
+    "subclass": (
+        lambda: with_weight(ONES.as_subclass(Subclass)),
+        "its weight is a Subclass, not a plain tensor",
+    ),
     "parametrized": (
         lambda: torch.nn.utils.parametrizations.weight_norm(nn.Linear(3, 4)),
         "that makes its weight from others",
@@ -384,7 +390,7 @@ def test_mergekit_and_weights_that_cannot_be_told(kind: str, tmp_path: Path) -> 
     messages = {
         "class": "whether this square weight lies transposed cannot be told",
         "scale": "has weight_scale besides its weight, which may scale it",
-        "codes": "its weight is quantised: its weight is torch.float8_e4m3fn",
+        "codes": "its weight is torch.float8_e4m3fn: codes",
     }
     assert done.returncode != 0
     assert messages[kind] in done.stderr, done.stderr

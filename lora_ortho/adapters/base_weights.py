@@ -1,4 +1,4 @@
-"""What the weight of a base layer is: W, W transposed, or something else than W."""
+"""What base layers allow: what their weight is, and whether PEFT has a layer for them."""
 
 from __future__ import annotations
 
@@ -19,6 +19,21 @@ def lies_transposed(layer: Any) -> bool:
     return type(base).__name__ == "Conv1D" and hasattr(base, "nf")
 
 
+def why_not_peft(module: Any) -> str | None:
+    """Why PEFT's layer of a convolution cannot hold its adapter; None where it can, or no layer.
+
+    PEFT's lora_A is a convolution with the base's stride and padding, and nothing else of it.
+    """
+    base = module.get_base_layer() if hasattr(module, "get_base_layer") else module
+    if not isinstance(base, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        return None
+    if base.padding_mode != "zeros":
+        return f"PEFT's convolutions pad with zeros, this one with {base.padding_mode!r}"
+    if any(size != 1 for size in base.dilation):
+        return f"PEFT's convolutions have no dilation, this one has {tuple(base.dilation)}"
+    return None
+
+
 def why_not_changed(layer: nn.Module) -> str | None:
     """Why a difference of weights cannot be added to a layer's weight; None where it can."""
     kind = type(layer).__name__
@@ -30,19 +45,20 @@ def why_not_changed(layer: nn.Module) -> str | None:
     weight = layer._parameters.get("weight")
     if weight is None:
         return f"is a {kind} that makes its weight from others (a parametrization)"
-    return why_not_plain(weight) or _others(layer)
+    reason = why_not_plain(weight)
+    return _others(layer) if reason is None else f"cannot be changed: its weight {reason}"
 
 
 def why_not_plain(weight: Tensor) -> str | None:
-    """Why a tensor is not W itself, number by number; None where it may be."""
+    """Why a tensor is not W itself, number by number, as a predicate; None where it may be."""
     if type(weight.data) is not Tensor:
-        return f"keeps its weight as a {type(weight.data).__name__}, not as plain numbers"
+        return f"is a {type(weight.data).__name__}, not a plain tensor"
     if weight.is_meta:
-        return "has its weight on the meta device (offloaded, or not loaded)"
+        return "is on the meta device (offloaded, or not loaded)"
     if weight.layout is not torch.strided:
-        return f"has a weight of layout {weight.layout}"
+        return f"has the layout {weight.layout}"
     if weight.dtype not in _PLAIN:
-        return f"is quantised: its weight is {weight.dtype}, codes instead of values"
+        return f"is {weight.dtype}: codes of a quantiser instead of values"
     return None
 
 

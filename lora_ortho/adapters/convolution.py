@@ -63,21 +63,6 @@ class OrthoLoRAConvolution(FusedOrthoLoRALinear):
         return [*selectors(self._ranks, torch.float32, device), *found[len(self._ranks) :]]
 
 
-def why_not_peft(module: Any) -> str | None:
-    """Why PEFT's layer of a convolution cannot hold its adapter; None where it can, or no layer.
-
-    PEFT's lora_A is a convolution with the base's stride and padding, and nothing else of it.
-    """
-    base = module.get_base_layer() if hasattr(module, "get_base_layer") else module
-    if not isinstance(base, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
-        return None
-    if base.padding_mode != "zeros":
-        return f"PEFT's convolutions pad with zeros, this one with {base.padding_mode!r}"
-    if any(size != 1 for size in base.dilation):
-        return f"PEFT's convolutions have no dilation, this one has {tuple(base.dilation)}"
-    return None
-
-
 def _convolve(base: Any, x: Tensor, kernel: Tensor) -> Tensor:
     """What the base does to x, with another kernel and no bias."""
     if base.padding_mode != "zeros":

@@ -18,8 +18,8 @@ import lora_ortho
 from lora_ortho import mask_stream
 from lora_ortho.problem import DTYPES
 
+from .base_weights import why_not_peft
 from .components import base_modules, components, join
-from .convolution import why_not_peft
 from .export_files import LOADABLE, diffusers_files, peft_files, with_equal_ranks
 from .export_source import Source, resolve
 from .loaded import LoadedAdapter

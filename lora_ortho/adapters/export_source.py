@@ -141,11 +141,12 @@ def _injected(handle: Injection) -> list[LoadedAdapter]:
             parts.setdefault(index, {})[name] = part
             if kernel:
                 kernels.setdefault(index, {})[name] = kernel
-    pieces = frozenset(part for part in components(handle.model) if part)
+    split = "" not in components(handle.model)
     made = []
     for index, layers in sorted(parts.items()):
         title = next(iter(layers.values())).name or str(index)
         path, own = Path(title), kernels.get(index, {})
+        pieces = frozenset(name.partition(".")[0] for name in layers if split)
         made.append(LoadedAdapter(title, layers, path, kernels=own, parts=pieces))
     return made
 

@@ -45,8 +45,8 @@ _ROLES = {
 }
 # The level that PEFT has in memory, the adapter's name, where it stands in a key.
 _ADAPTER = re.compile(r"(?P<start>.+\.lora_[AB])\.(?P<adapter>[^.]+)(?P<end>\.(weight|bias))")
-# Programs that name layers otherwise than diffusers' models and kohya's scripts.
-_OTHER_PROGRAMS = ("diffusion_model.", "model.diffusion_model.", "lora_unet_", "lycoris_")
+# How names of programs begin that name layers otherwise than diffusers and kohya's scripts.
+_OTHER_PROGRAMS = ("diffusion_model.", "model.diffusion_model.", "lycoris_")
 _WAY = (
     "if diffusers can read the file, load it there (pipeline.load_lora_weights) and merge with "
     "lora_ortho.attach"

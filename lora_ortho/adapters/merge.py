@@ -63,11 +63,12 @@ def adapters_of(model: Any, adapters: Sequence[str] | None = None) -> list[Loade
             )
             if A.weight.dim() > 2:
                 kernels[name][entry.name] = tuple(A.weight.shape[2:])
-    parts = frozenset(part for part in components(model) if part)
+    split = "" not in components(model)
     made = []
     for n in order:
         layers_of, digest = dict(sorted(found[n].items())), {"tensors": _digest(found[n])}
         base, settings = _told(model, n)
+        parts = frozenset(name.partition(".")[0] for name in layers_of if split)
         made.append(LoadedAdapter(n, layers_of, Path(n), base, kernels[n], digest, settings, parts))
     return made
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from .components import base_modules
 from .errors import AdapterFileError
 from .loaded import LoadedAdapter, Piece, assemble, check_shapes
 from .made import warn_of_other_masks
@@ -145,8 +147,11 @@ def _base_weight(file: Path, key: str, entry: Entry, targets: Targets) -> Tensor
             "whether the adapter changed it"
         )
         raise AdapterFileError(file, problem, key)
-    weight = targets.tensor(targets.part or "", match["layer"], match["kind"])
-    if weight is None or weight.is_meta:
+    root = targets.root(targets.part or "")
+    module: Any = None if root is None else dict(base_modules(root)).get(match["layer"])
+    base = module.get_base_layer() if hasattr(module, "get_base_layer") else module
+    weight = getattr(base, match["kind"], None)
+    if not isinstance(weight, Tensor) or weight.is_meta:
         problem = f"a whole weight, and the model has no values for {match['layer']!r} to compare"
         raise AdapterFileError(file, problem, key)
     if tuple(weight.shape) != entry.shape:

@@ -8,7 +8,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from lora_ortho.module import linear_sizes
 
@@ -121,18 +121,6 @@ class Targets:
         if self._parts is None:
             return None
         return self._parts.get(part if self.is_pipeline else "")
-
-    def tensor(self, part: str, layer: str, kind: str) -> Tensor | None:
-        """A layer's own weight or bias, whether PEFT wrapped it or not; None where it has none."""
-        root = self.root(part)
-        modules = {} if root is None else dict(base_modules(root))
-        for name in _spellings(layer):
-            module: Any = modules.get(name)
-            base = module.get_base_layer() if hasattr(module, "get_base_layer") else module
-            found = getattr(base, kind, None)
-            if isinstance(found, Tensor):
-                return found
-        return None
 
     def by_name(self, file: Path, key: str, part: str, name: str) -> Target:
         """The layer of that name in a part ("" for files that name none)."""
