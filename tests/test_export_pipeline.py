@@ -161,6 +161,26 @@ def test_it_loads_back_here(workplace: Path, tmp_path: Path, options: list[str])
     assert {layer.partition(".")[0] for layer in wanted} == {"text_encoder"}
 
 
+def test_an_export_is_an_adapter_of_the_next_merge(workplace: Path, tmp_path: Path) -> None:
+    """Its folder in a configuration, as it is."""
+    assert command(workplace, "--export", str(tmp_path / "v1.5")).returncode == 0
+    table = f'[[loras]]\nfile_path = "{tmp_path / "v1.5"}"\nadapter_weight = 0.5\n'
+    text = f'pipe_id = "{workplace / "base"}"\nprompt = "a cat"\ndevice = "cpu"\n{table}'
+    (tmp_path / "merge.toml").write_text(text, encoding="utf-8")
+    done = command(tmp_path, "--export", "again")
+    assert done.returncode == 0, done.stderr
+    wanted = {layer: delta / 2 for layer, delta in summed(deltas(workplace)).items()}
+    same(read_back(workplace, tmp_path / "again"), wanted)
+    with safe_open(tmp_path / "again" / FILE, "pt") as file:
+        (one,) = json.loads(file.metadata()["lora_ortho"])["adapters"]
+    assert (one["name"], one["weight"]) == ("v1.5", 0.5)
+    few = f'steps = 2\nmethods = ["direct"]\n{text}'
+    (tmp_path / "merge.toml").write_text(few, encoding="utf-8")
+    done = command(tmp_path, "--out", "pictures", "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["difference"]["v1.5 alone"]["bare model"] > 0
+
+
 def test_ortho_rows_by_their_owners(workplace: Path, tmp_path: Path) -> None:
     merged = tmp_path / "merged"
     done = command(workplace, "--export", str(merged), "--method", "ortho_rows")

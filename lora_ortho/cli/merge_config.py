@@ -13,7 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from lora_ortho.adapters import LoadedAdapter, load_adapter
+from lora_ortho.adapters.export_files import DIFFUSERS_FILE
 from lora_ortho.adapters.names import titles
+from lora_ortho.adapters.peft_config import CONFIG_FILE
+from lora_ortho.adapters.peft_folder import TENSOR_FILE
 from lora_ortho.adapters.tensor_file import open_regular
 from lora_ortho.problem import METHODS
 
@@ -123,11 +126,10 @@ class MergeConfig:
         if found is None:
             return _fetch(lora)
         path = found if lora.file_name is None else found / lora.file_name
-        if (
-            path.name == "adapter_model.safetensors"
-            and (path.parent / "adapter_config.json").exists()
-        ):
+        if path.name == TENSOR_FILE and (path.parent / CONFIG_FILE).exists():
             return path.parent
+        if (path / DIFFUSERS_FILE).exists() and not (path / CONFIG_FILE).exists():
+            return path / DIFFUSERS_FILE
         return path
 
     def load_adapters(self, model: Any = None) -> list[LoadedAdapter]:
