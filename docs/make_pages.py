@@ -165,11 +165,12 @@ def support() -> str:
         "## Adapter files",
         f"Tensors of {dtypes}, each finite; the header is checked before anything is allocated; "
         "pickles are never loaded; a key that has no place is refused. The name of the adapter may "
-        "stand in the keys (`lora_A.default.weight`), of one adapter in all of them. A whole weight "
-        "of the base model beside the factors, as PEFT saves those of embeddings and of layers "
-        "that it wrapped (`lm_head.base_layer.weight`), is compared with the model's: equal, it is "
-        "passed over; changed, resized or without a model, it is refused. An alpha may be negative: "
-        f"the adapter is then taken away. What is refused as another kind: {peft_config.WAY_OUT}.",
+        "stand in the keys (`lora_A.default.weight`), of one adapter in all of them. A whole "
+        "weight of the base model beside the factors, as PEFT saves those of embeddings and of "
+        "layers that it wrapped (`lm_head.base_layer.weight`), is compared with the model's: "
+        "equal, it is passed over; changed, resized or without a model, it is refused. An alpha "
+        "may be negative: the adapter is then taken away. What is refused as another kind: "
+        f"{peft_config.WAY_OUT}.",
         _table(
             ("part of a key", "refused as"),
             [(f"`{part}`", kind) for part, kind in sorted(peft_folder.FOREIGN.items())],
