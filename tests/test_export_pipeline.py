@@ -131,12 +131,51 @@ def test_the_command_writes_what_diffusers_loads(
     options = ["--mixed-ranks"] if mixed else []
     done = command(workplace, "--export", str(merged), "--json", *options)
     assert done.returncode == 0, done.stderr
-    assert [path.name for path in merged.iterdir()] == [FILE]
+    folder = ["adapter_config.json", "adapter_model.safetensors"]
+    parts = [f"{part}/{file}" for part in ("text_encoder", "unet") for file in folder]
+    written = [path.relative_to(merged).as_posix() for path in merged.rglob("*.*")]
+    assert sorted(written) == sorted([FILE, *parts])
     ranks = json.loads(done.stdout)["ranks"]
     assert set(ranks.values()) == ({3, 4, 7} if mixed else {7})
     wanted = summed(deltas(workplace))
     assert any(layer.endswith("conv1") for layer in wanted)
     same(read_back(workplace, merged), wanted)
+    same(read_by_peft(workplace, merged), wanted)
+
+
+def read_by_peft(workplace: Path, merged: Path) -> dict[str, Tensor]:
+    """By layer what PEFT adds to it, part by part."""
+    found: dict[str, Tensor] = {}
+    for part in ("unet", "text_encoder"):
+        folder = merged / part if (merged / part).is_dir() else merged
+        model = peft.PeftModel.from_pretrained(getattr(pipeline(workplace), part), folder)
+        for layer, module in model.base_model.model.named_modules():
+            if isinstance(module, peft.tuners.lora.LoraLayer):
+                delta = module.get_delta_weight("default").double().flatten(1)
+                found[f"{part}.{layer}"] = delta
+    return found
+
+
+def test_one_part_needs_no_subfolder(workplace: Path, tmp_path: Path) -> None:
+    """PEFT's files lie beside diffusers', and diffusers' are read where both are."""
+    table = f'[[loras]]\nfile_path = "{workplace}"\nfile_name = "two.safetensors"\n'
+    text = f'pipe_id = "{workplace / "base"}"\nprompt = "a cat"\ndevice = "cpu"\n{table}'
+    (tmp_path / "merge.toml").write_text(text, encoding="utf-8")
+    assert command(tmp_path, "--export", "merged").returncode == 0
+    names = sorted(path.name for path in (tmp_path / "merged").iterdir())
+    assert names == ["adapter_config.json", "adapter_model.safetensors", FILE]
+    wanted = {k: parts["two"] for k, parts in deltas(workplace).items() if "two" in parts}
+    wanted = {layer: delta / WEIGHTS["two"] for layer, delta in wanted.items()}
+    same(read_back(workplace, tmp_path / "merged"), wanted)
+    pipe = pipeline(workplace)
+    model = peft.PeftModel.from_pretrained(pipe.unet, tmp_path / "merged")
+    layers = {n: m for n, m in model.base_model.model.named_modules() if hasattr(m, "lora_A")}
+    assert {f"unet.{name}" for name in layers} == set(wanted)
+    for name, module in layers.items():
+        delta = module.get_delta_weight("default").double().flatten(1)
+        torch.testing.assert_close(delta, wanted[f"unet.{name}"], rtol=1e-5, atol=1e-6)
+    loaded = lora_ortho.load_adapter(tmp_path / "merged", pipeline(workplace))
+    assert set(loaded.layers) == set(wanted)
 
 
 @pytest.mark.parametrize("options", [[], ["--mixed-ranks"]])

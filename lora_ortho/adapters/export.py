@@ -20,7 +20,7 @@ from lora_ortho.problem import DTYPES
 
 from .base_weights import why_not_peft
 from .components import base_modules, components, join
-from .export_files import LOADABLE, diffusers_files, peft_files, with_equal_ranks
+from .export_files import LOADABLE, peft_files, pipeline_files, with_equal_ranks
 from .export_source import Source, resolve
 from .loaded import LoadedAdapter
 from .made import METADATA
@@ -69,7 +69,8 @@ def export(
 
     The adapter has rank Σ r_j, no scaling of its own, and the masks of `ortho_rows` in its lora_B.
     Of a model it is a folder of PEFT; of a pipeline the file that diffusers writes, which
-    `pipe.load_lora_weights(path)` reads: its header holds PEFT's configuration of every part. The
+    `pipe.load_lora_weights(path)` reads (its header holds PEFT's configuration of every part), and
+    beside it what PEFT writes for the part, in a subfolder for each where there are several. The
     header says too how it was made, under "lora_ortho": method, rates, weights, seed, versions,
     and SHA-256 of the inputs.
 
@@ -124,7 +125,7 @@ def export(
     if equal_ranks:
         merged = with_equal_ranks(merged)
     made = _made(found, method, rank, max(errors.values()))
-    write = diffusers_files if merged.parts else peft_files
+    write = pipeline_files if merged.parts else peft_files
     _write(folder, write(merged, modules, dtype, {METADATA: json.dumps(made)}), force)
     return Exported(folder, {n: a.lora_A.shape[0] for n, a in merged.layers.items()}, errors)
 
@@ -199,6 +200,7 @@ def _write(folder: Path, files: Mapping[str, bytes], force: bool) -> None:
         fresh, old = Path(scratch) / "adapter", Path(scratch) / "replaced"
         fresh.mkdir()
         for name, data in files.items():
+            (fresh / name).parent.mkdir(exist_ok=True)
             (fresh / name).write_bytes(data)
         if force and os.path.lexists(folder):
             os.replace(folder, old)

@@ -78,6 +78,25 @@ def diffusers_files(
     return {DIFFUSERS_FILE: _safetensors(tensors, header)}
 
 
+def pipeline_files(
+    merged: LoadedAdapter,
+    modules: Mapping[str, nn.Module],
+    dtype: torch.dtype | None,
+    metadata: Mapping[str, str],
+) -> dict[str, bytes]:
+    """For both readers: the file of :func:`diffusers_files`, and beside it the folder of PEFT for
+    the model that it adapts; where it adapts several, a subfolder for each part."""
+    files = diffusers_files(merged, modules, dtype, metadata)
+    parts = sorted({name.partition(".")[0] for name in merged.layers})
+    for part in parts:
+        layers, kernels = _inside(part, merged.layers), _inside(part, merged.kernels)
+        alone = replace(merged, layers=layers, kernels=kernels, parts=frozenset())
+        where = f"{part}/" if len(parts) > 1 else ""
+        for name, data in peft_files(alone, _inside(part, modules), dtype, metadata).items():
+            files[where + name] = data
+    return files
+
+
 def _times(part: Adapter, factor: float) -> Adapter:
     bias = None if part.bias is None else part.bias * factor
     return replace(part, lora_B=part.lora_B * factor, bias=bias)

@@ -72,10 +72,10 @@ def _file_of(path: Path) -> Path | None:
             expected = f"a folder with {CONFIG_FILE} and {TENSOR_FILE}, or a .safetensors file"
             raise AdapterFileError(path, f"expected {expected}")
         return path
+    if (path / DIFFUSERS_FILE).exists():  # whose keys name the parts, as PEFT's beside it do not
+        return path / DIFFUSERS_FILE
     if (path / CONFIG_FILE).exists() and (path / TENSOR_FILE).exists():
         return None
-    if (path / DIFFUSERS_FILE).exists():
-        return path / DIFFUSERS_FILE
     if not (path / CONFIG_FILE).exists():
         raise AdapterFileError(path, f"has no {CONFIG_FILE}: not a PEFT adapter")
     pickles = sorted(f.name for f in path.iterdir() if f.suffix.lower() in _PICKLES)
