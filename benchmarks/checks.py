@@ -1,9 +1,4 @@
-"""Is a contender's result right? Asked before it is timed.
-
-Exact values are those of the formula in float64. An element may be off by what rounding explains,
-unit * (|exact| + 8 * rms(terms)), where the unit is a few eps of the dtype: an element with
-another adapter's mask is off by about one rms(terms).
-"""
+"""Is a contender's result right? Asked before it is timed, by the rule of rule.py."""
 
 from __future__ import annotations
 
@@ -14,12 +9,10 @@ import torch
 from torch import Tensor
 
 from lora_ortho import mask_stream
-from lora_ortho.reference import merge, merge_gradients
 
+from . import rule
 from .cases import SEED, Case, Inputs
 
-# eps of the dtype for a result, in its roundings; float32 sums thousands of terms besides.
-_UNITS = {torch.float32: 8.0, torch.bfloat16: 1.0, torch.float16: 1.0}
 # Standard deviations by which the shares of random masks may differ from 1/K.
 _SIGMAS = 8.0
 _CPU = torch.device("cpu")
@@ -30,10 +23,10 @@ class WrongResult(Exception):
 
 
 class Masks(NamedTuple):
-    """K masks (tokens, d_out) and their gains (K,) in float64."""
+    """K masks (tokens, d_out) and their gains."""
 
     masks: list[Tensor]
-    gains: Tensor
+    gains: list[float]
 
 
 def orthogonal(case: Case, place: torch.device = _CPU) -> Masks:
@@ -42,41 +35,41 @@ def orthogonal(case: Case, place: torch.device = _CPU) -> Masks:
     rows, cols = range(case.tokens), range(case.d_out)
     seed = mask_stream.seed_tensor(SEED, place)
     masks = mask_stream.masks(seed, rows, cols, limits, "orthogonal")
-    return Masks(masks, 1 / torch.tensor(keep, dtype=torch.float64, device=place))
+    return Masks(masks, [1 / share for share in keep])
 
 
 def everything(case: Case, place: torch.device = _CPU) -> Masks:
     """No mask at all, as the direct merge has it."""
     mask = torch.ones(1, 1, dtype=torch.bool, device=place).expand(case.tokens, case.d_out)
-    gains = torch.ones(case.adapters, dtype=torch.float64, device=place)
-    return Masks([mask] * case.adapters, gains)
+    return Masks([mask] * case.adapters, [1.0] * case.adapters)
 
 
 def check_forward(
-    y: Tensor,
-    inputs: Inputs,
-    masks: Masks,
-    weight: Tensor | None = None,
-    *,
-    roundings: float = 1.0,
+    y: Tensor, inputs: Inputs, masks: Masks, weight: Tensor | None = None
 ) -> None:
     """Raise WrongResult unless y is the merge under these masks.
 
     Args:
         weight: (d_out, d_in) of a layer whose product is the base output; None for inputs.base.
-        roundings: how many times as far off as after one rounding an element may be.
     """
-    x, A, B, base = _wide(inputs)
-    if weight is not None:
-        base = x @ weight.double().T
-    exact = merge(x, A, B, masks.gains, masks.masks, base)
-    _compare("y", y, exact, exact - base, inputs.dtype, roundings)
+    count = len(inputs.lora_A)
+
+    def merge(x: Tensor, below: Tensor, *factors: Tensor) -> list[Tensor]:
+        base = below if weight is None else x @ below.T
+        A, B = factors[:count], factors[count:]
+        return [rule.formula(x, A, B, masks.gains, masks.masks, base)]
+
+    below = inputs.base if weight is None else weight
+    with torch.no_grad():
+        (wanted,) = rule.wanted(merge, [inputs.x, below, *inputs.lora_A, *inputs.lora_B])
+    _hold("y", y, wanted)
 
 
 def check_linear(y: Tensor, inputs: Inputs, weight: Tensor) -> None:
     """Raise WrongResult unless y is x times this weight, (d_out, d_in)."""
-    exact = inputs.x.double() @ weight.double().T
-    _compare("y", y, exact, exact, inputs.dtype)
+    with torch.no_grad():
+        (wanted,) = rule.wanted(lambda x, matrix: [x @ matrix.T], [inputs.x, weight])
+    _hold("y", y, wanted)
 
 
 def check_copy(y: Tensor, inputs: Inputs) -> None:
@@ -92,31 +85,41 @@ def check_training(found: Sequence[Tensor], inputs: Inputs, masks: Masks, joined
         joined: the gradients in the factors are two, lying side by side.
     """
     y, dx, dbase, *factors = found
-    check_forward(y, inputs, masks)
     if not torch.equal(dbase, inputs.grad):
         raise WrongResult("the gradient in base is not that of the output")
-    x, A, B, _ = _wide(inputs)
-    exact_dx, dA, dB, _ = merge_gradients(inputs.grad.double(), x, A, B, masks.gains, masks.masks)
-    exact = [torch.cat(dA), torch.cat(dB, 1)] if joined else [*dA, *dB]
-    _compare("the gradient in x", dx, exact_dx, exact_dx, inputs.dtype)
-    for j, (got, wanted) in enumerate(zip(factors, exact, strict=True)):
-        _compare(f"gradient {j} in the factors", got, wanted, wanted, inputs.dtype)
+    count = len(inputs.lora_A)
+
+    def train(grad: Tensor, base: Tensor, *given: Tensor) -> list[Tensor]:
+        with torch.enable_grad():
+            leaves = [tensor.detach().requires_grad_() for tensor in given]
+            A, B = leaves[1 : 1 + count], leaves[1 + count :]
+            result = rule.formula(leaves[0], A, B, masks.gains, masks.masks, base)
+            dx, *d = torch.autograd.grad(result, leaves, grad)
+        d = [torch.cat(d[:count]), torch.cat(d[count:], 1)] if joined else d
+        return [result.detach(), dx, *d]
+
+    tensors = [inputs.grad, inputs.base, inputs.x, *inputs.lora_A, *inputs.lora_B]
+    names = ["y", "the gradient in x", *(f"gradient {j} in the factors" for j in range(2 * count))]
+    against = rule.wanted(train, tensors)
+    if len(found) != len(against) + 1:
+        raise WrongResult(f"{len(found)} tensors in the place of {len(against) + 1}")
+    for name, got, wanted in zip(names, [y, dx, *factors], against, strict=False):
+        _hold(name, got, wanted)
 
 
 def check_random(y: Tensor, inputs: Inputs) -> None:
     """Raise WrongResult unless each element of y is base plus K times one adapter's product.
 
-    And each adapter must have its share of the elements, 1/K.
+    The one is that which comes closest. And each adapter must have its share of the elements, 1/K.
     """
-    x, A, B, base = _wide(inputs)
-    count = len(A)
-    deltas = torch.stack([count * (x @ a.T @ b.T) for a, b in zip(A, B, strict=True)])
+    x, base = inputs.x.double(), inputs.base.double()
+    count = len(inputs.lora_A)
+    pairs = zip(inputs.lora_A, inputs.lora_B, strict=True)
+    deltas = torch.stack([count * (x @ A.double().T @ B.double().T) for A, B in pairs])
     added = y.double() - base
-    error = torch.full_like(base, torch.inf)
-    for delta in deltas:
-        error = torch.minimum(error, (added - delta).abs())
-    # Every adapter's product is rounded on its own and added on its own.
-    _judge("y", error, base + added, deltas, 4 * count**0.5 * _unit(inputs.dtype))
+    owner = (added - deltas).abs().argmin(0)
+    masks = Masks([owner == j for j in range(count)], [float(count)] * count)
+    check_forward(y, inputs, masks)
     flat = deltas.reshape(count, -1)
     shares = torch.linalg.solve(flat @ flat.T, flat @ added.reshape(-1))
     allowed = _SIGMAS * ((3 + count) / base.numel()) ** 0.5
@@ -130,45 +133,24 @@ def check_stored(found: Sequence[Tensor], inputs: Inputs, keep: float) -> None:
     And each mask must keep its share of the elements.
     """
     y, mask = found
-    x, A, B, base = _wide(inputs)
-    exact = base
-    for a, b, kept in zip(A, B, mask.bool(), strict=True):
-        exact = exact + (torch.where(kept, x, 0) / keep) @ a.T @ b.T
-    _compare("y", y, exact, exact - base, inputs.dtype, 4 * len(A) ** 0.5)
+    count = len(inputs.lora_A)
+
+    def drop(x: Tensor, base: Tensor, *factors: Tensor) -> list[Tensor]:
+        result = base
+        for A, B, kept in zip(factors[:count], factors[count:], mask.bool(), strict=True):
+            result = result + (torch.where(kept, x, 0) / keep) @ A.T @ B.T
+        return [result]
+
+    (wanted,) = rule.wanted(drop, [inputs.x, inputs.base, *inputs.lora_A, *inputs.lora_B])
+    _hold("y", y, wanted)
     shares = mask.double().mean((1, 2))
-    allowed = _SIGMAS * (keep * (1 - keep) / x.numel()) ** 0.5
+    allowed = _SIGMAS * (keep * (1 - keep) / inputs.x.numel()) ** 0.5
     if float((shares - keep).abs().max()) > allowed:
         raise WrongResult(f"the masks keep {shares.tolist()}, not {keep} each")
 
 
-def _wide(inputs: Inputs) -> tuple[Tensor, list[Tensor], list[Tensor], Tensor]:
-    A, B = ([t.double() for t in factors] for factors in (inputs.lora_A, inputs.lora_B))
-    return inputs.x.double(), A, B, inputs.base.double()
-
-
-def _unit(dtype: torch.dtype) -> float:
-    return _UNITS[dtype] * torch.finfo(dtype).eps
-
-
-def _compare(
-    name: str,
-    got: Tensor,
-    exact: Tensor,
-    terms: Tensor,
-    dtype: torch.dtype,
-    roundings: float = 1.0,
-) -> None:
-    if got.shape != exact.shape or got.dtype != dtype:
-        raise WrongResult(f"{name} is {tuple(got.shape)}, {got.dtype}")
-    _judge(name, (got.detach().double() - exact).abs(), exact, terms, roundings * _unit(dtype))
-
-
-def _judge(name: str, error: Tensor, exact: Tensor, terms: Tensor, unit: float) -> None:
-    allowed = unit * (exact.abs() + 8 * terms.square().mean().sqrt())
-    wrong = ~(error <= allowed)  # true for NaN
-    if wrong.any():
-        share, worst = wrong.double().mean(), (error / allowed).max()
-        raise WrongResult(
-            f"{float(share):.2%} of {name} is wrong, by up to {float(worst):.1f} times what "
-            "rounding explains"
-        )
+def _hold(name: str, got: Tensor, wanted: rule.Wanted) -> None:
+    """Raise WrongResult unless a tensor keeps the rule."""
+    found = rule.fault(got, wanted)
+    if found is not None:
+        raise WrongResult(f"{name} {found}")

@@ -275,6 +275,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     print(f"{arguments.page}: tables renewed; {len(drawn)} pictures drawn")
+    shown = table.blocks(arguments.page.read_text(encoding="utf-8"))[0]
+    for path in sorted(record.RESULTS.glob("*.json")):
+        if Path("benchmarks/results") / path.name not in shown:
+            print(f"not on that page: {path.name}; it takes the two lines that mark a table")
     return 0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import importlib.util
 import os
@@ -19,6 +20,7 @@ import lora_ortho
 from lora_ortho.adapters import load_adapter
 from lora_ortho.packing import PackedAdapters
 
+from . import rule
 from .bench import Bench
 from .cases import SEED, Case, Inputs
 from .checks import WrongResult, check_random
@@ -34,7 +36,6 @@ _OURS = "lora_ortho"
 _TOP = 5
 _MANY, _STEP = 128, 64  # tokens of a forward pass, of a training step
 _RATE = 1e-4
-_CLOSE = 1e-4  # of the logits: two ways of rounding, through 30 blocks
 _CPU = torch.profiler.ProfilerActivity.CPU
 
 
@@ -153,8 +154,8 @@ class _Paper(nn.Module):
 def _check(models: dict[str, nn.Module]) -> dict[str, str]:
     """The merges that do not compute what they should, by name, and why.
 
-    Ours, told to merge directly, must give direct's logits, and others with its masks; a layer of
-    the paper's must give each element one adapter's product.
+    Ours, told to merge directly, must give the logits of the direct merge by the rule of rule.py,
+    and others with its masks; a layer of the paper's must give each element one adapter's product.
     """
     ids = torch.arange(1000, 1016)[None]
     refused: dict[str, str] = {}
@@ -166,9 +167,12 @@ def _check(models: dict[str, nn.Module]) -> dict[str, str]:
         unmasked = _logits(models["ours"], ids)
         for layer in ours:
             layer.method = "orthogonal"
-        error = float((unmasked - wanted).norm() / wanted.norm())
-        if not error < _CLOSE or torch.equal(masked, unmasked):
-            refused["ours"] = f"wrong result: merging directly it is {error:.1e} from direct"
+        exact = _logits(copy.deepcopy(models["direct"]).double(), ids)
+        found = rule.fault(unmasked, rule.Wanted(exact, wanted, exact.abs()))
+        if found is None and torch.equal(masked, unmasked):
+            found = "are those of the direct merge under masks too"
+        if found is not None:
+            refused["ours"] = f"wrong result: the logits, merged directly, {found}"
         try:
             _check_paper(next(m for m in models["paper"].modules() if isinstance(m, _Paper)))
         except WrongResult as reason:

@@ -48,6 +48,11 @@ def load(path: Path) -> Result:
     """
     try:
         found: Any = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        hint = ""
+        if path.resolve().parent == RESULTS:
+            hint = "; on a machine of that kind, `python -m benchmarks --save` writes it"
+        raise ResultError(f"{path}: there is no such file{hint}") from error
     except (OSError, ValueError) as error:
         raise ResultError(f"{path}: {error}") from error
     if not isinstance(found, dict) or found.get("schema") not in (1, SCHEMA):

@@ -98,7 +98,7 @@ def _gpu_peers(bench: Bench, inputs: Inputs, refused: dict[str, str]) -> dict[st
     if missing is None:
         everything = bench.everything(inputs.case)
         contenders["vllm"] = (
-            peers.vllm, lambda y: checks.check_forward(y, inputs, everything, roundings=4),
+            peers.vllm, lambda y: checks.check_forward(y, inputs, everything)
         )  # fmt: skip
     else:
         refused["vllm"] = missing
@@ -112,10 +112,9 @@ def layer(bench: Bench, case: Case, dtype: str, effort: Effort) -> Row:
     rows = slice(0, _ROWS_OF_PEERS)
     masks, everything = bench.masks(case), bench.everything(some.case)
     first = checks.Masks([mask[rows] for mask in masks.masks], masks.gains)
-    roundings = 4.0 * case.adapters**0.5  # the base product rounds too, and PEFT at every adapter
 
     def checker(wanted: checks.Masks) -> Check:
-        return lambda y: checks.check_forward(y[rows], some, wanted, weight, roundings=roundings)
+        return lambda y: checks.check_forward(y[rows], some, wanted, weight)
 
     contenders: dict[str, Contender] = {
         "ours": (lambda inputs: peers.our_layer(inputs, bench.backend), checker(first)),

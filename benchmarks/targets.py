@@ -299,6 +299,28 @@ def targets_of(result: Result) -> tuple[Target, ...]:
     return CPU_TARGETS if is_cpu(result) else GPU_TARGETS
 
 
+def judged(result: Result) -> list[dict[str, Any]]:
+    """Every target of every column, for programs: figure, dtype, value, target, met.
+
+    "value" and "met" are None where it was not measured, "met" also in a rehearsal; "dtype" is the
+    column's title, which on a GPU names the backend too.
+    """
+    rehearsal = result["kind"].startswith("rehearsal")
+    found = []
+    for target in targets_of(result):
+        for view in views(result):
+            if view.dtype not in target.dtypes:
+                continue
+            try:
+                value = target.value(view)
+            except NotMeasured:
+                value = None
+            met = None if value is None or rehearsal else target.met(value)
+            row = {"figure": target.figure, "dtype": view.title, "value": value}
+            found.append({**row, "target": target.bound, "met": met})
+    return found
+
+
 def verdict(target: Target, view: View) -> str:
     """What a table says in the place of a target: the value with "met" or "missed".
 

@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import types
 from pathlib import Path
 from typing import Any
 
@@ -309,25 +308,6 @@ def test_doctor_warns_of_a_capped_instruction_set(monkeypatch: pytest.MonkeyPatc
     found = doctor.diagnose()
     assert found.instruction_set == sets[0]
     assert any("LORA_ORTHO_CPU_ISA" in text for text in found.warnings)
-
-
-def test_bench_passes_its_options_on(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    given: list[list[str]] = []
-    module: Any = types.ModuleType("lora_ortho.benchmarks")
-
-    def benchmarks(arguments: list[str], program: str) -> int:
-        assert program == "lora-ortho bench"
-        given.append(list(arguments))
-        return 7
-
-    module.main = benchmarks
-    monkeypatch.setitem(sys.modules, "lora_ortho.benchmarks", module)
-    assert main(["bench", "--quick", "--case", "3", "--json"]) == 7
-    assert given == [["--quick", "--case", "3", "--json"]]
-    monkeypatch.setitem(sys.modules, "lora_ortho.benchmarks", None)
-    assert "no benchmarks" in fails(capsys, 1, "bench")
 
 
 def test_outputs_are_whole_or_absent(tmp_path: Path) -> None:

@@ -11,6 +11,8 @@ import os
 import sys
 from collections.abc import Sequence
 
+from lora_ortho import __version__
+
 from . import bench, doctor, inspect, merge
 from .console import CliError, one_line
 
@@ -21,6 +23,7 @@ def build_parser() -> argparse.ArgumentParser:
         prog="lora-ortho",
         description="LoRA adapters merged at run time: look at them, merge them, measure, check.",
     )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     for module in (inspect, merge, bench, doctor):
         module.add_parser(commands)

@@ -31,5 +31,5 @@ def run(args: argparse.Namespace) -> int:
             "this installation has no benchmarks; `python -m benchmarks` runs them from the "
             "sources of lora_ortho"
         ) from None
-    status: int = module.main(args.rest, "lora-ortho bench")
+    status: int = module.main(args.rest)
     return status
