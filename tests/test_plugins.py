@@ -508,6 +508,35 @@ def test_mergekit_errors_are_one_line(
     assert "error: method must be one of" in capsys.readouterr().err.splitlines()[-1]
 
 
+@needs_mergekit
+@pytest.mark.parametrize(
+    ("file", "old", "new", "message"),
+    [
+        ("mergekit.yml", "  seed: 0", "  sed: 3", "unknown parameter 'sed'; known are loras, "),
+        (
+            "mergekit.yml", "  - model: ./base", "  - model: ./base\n    parameters: {weight: 1}",
+            "unknown parameter 'weight'; known are loras, method, seed, sample",
+        ),
+        ("merge.toml", "\n[[loras]]", "\nsed = 3\n[[loras]]", "unknown key 'sed'; known are p"),
+        ("merge.toml", "dropout_rate", "rate", "unknown key 'rate'; known are file_path"),
+        ("merge.toml", "\n[[loras]]", "\nseed = 3\n[[loras]]", "seed = 3, the parameters have 0"),
+        ("mergekit.yml", "parameters:", "parameters: [", "while parsing a flow"),
+    ],
+)  # fmt: skip
+def test_mergekit_ignores_no_key(
+    file: str, old: str, new: str, message: str, folder: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(folder, tmp_path / "work")
+    text = (tmp_path / "work" / file).read_text()
+    assert old in text
+    (tmp_path / "work" / file).write_text(text.replace(old, new, 1))
+    words = ("mergekit.yml", "merged", "--quiet")
+    done = run_program("lora_ortho.plugins.mergekit", *words, cwd=tmp_path / "work")
+    assert done.returncode == 1
+    assert message in done.stderr.splitlines()[-1]
+    assert not list((tmp_path / "work" / "merged").glob("*.safetensors"))
+
+
 @needs_fusion_bench
 def test_fusion_bench_example_as_it_is(folder: Path, tmp_path: Path) -> None:
     shutil.copytree(folder, tmp_path / "work")
@@ -551,6 +580,8 @@ def test_fusion_bench_refusals(folder: Path) -> None:
 
     with pytest.raises(ValueError, match="method must be one of direct"):
         LoraOrtho("orthogonal")
+    with pytest.raises(TypeError, match="unknown key 'sed'; known are merge_method, p, weights"):
+        LoraOrtho(sed=3)
     with pytest.raises(ValueError, match="no adapter beside _pretrained_"):
         LoraOrtho().run(BaseModelPool({"_pretrained_": language_model()}))
     pool = BaseModelPool({"_pretrained_": language_model(), "one": language_model()})

@@ -44,6 +44,10 @@ class LoraOrtho(BaseAlgorithm):  # type: ignore[misc]
         sample: int = 0,
         **kwargs: Any,
     ) -> None:
+        unknown = kwargs.keys() - set(BaseAlgorithm._config_mapping.values())
+        if unknown:  # FusionBench's own classes only log such a key
+            known = ", ".join(key for key in self._config_mapping.values() if key[0] != "_")
+            raise TypeError(f"method has unknown key {min(unknown)!r}; known are {known}")
         super().__init__(**kwargs)
         check_method(merge_method)
         self.merge_method = merge_method

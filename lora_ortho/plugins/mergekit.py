@@ -10,6 +10,9 @@ weights, says a TOML file with the paper's [[loras]] tables, as for ``lora-ortho
     base_model: ./base
     models: [{model: ./base}]
     parameters: {loras: merge.toml, method: ortho_rows, seed: 0}
+
+mergekit ignores parameters that a method does not have; the program above refuses them. Of the
+TOML file, keys beside [[loras]] are those of ``lora-ortho merge``; another seed there is an error.
 """
 
 from __future__ import annotations
@@ -17,12 +20,13 @@ from __future__ import annotations
 import functools
 import os
 import sys
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import transformers
+import yaml  # type: ignore[import-untyped]
 from mergekit import merge_methods
 from mergekit.common import ModelReference
 from mergekit.io.tasks import LoaderCache
@@ -32,6 +36,7 @@ from mergekit.merge_methods.registry import register, registered_methods
 
 from lora_ortho.adapters import LoadedAdapter, assign_streams
 from lora_ortho.adapters.base_weights import lies_transposed
+from lora_ortho.adapters.tensor_file import open_regular
 from lora_ortho.cli.console import CliError, one_line
 from lora_ortho.cli.merge_config import read_config
 from lora_ortho.module import Adapter
@@ -47,13 +52,15 @@ class _Plan(NamedTuple):
     adapters: tuple[LoadedAdapter, ...]
     p: list[float] | None
     weights: list[float]
+    seed: int
 
 
 @functools.lru_cache(maxsize=4)
 def _plan(path: str, stamp: tuple[int, int]) -> _Plan:
     """The adapters of a TOML file, read once as long as the file does not change."""
     config = read_config(Path(path))
-    return _Plan(tuple(config.load_adapters()), config.p, config.weights)
+    adapters = tuple(config.load_adapters())
+    return _Plan(adapters, config.p, config.weights, config.seed)
 
 
 @functools.lru_cache(maxsize=4)
@@ -149,6 +156,8 @@ def lora_ortho(
     status = os.stat(loras)
     key = (loras, (status.st_mtime_ns, status.st_size))
     plan = _plan(*key)
+    if plan.seed not in (0, seed):  # 0 is what a file has that names none
+        raise ValueError(f"{loras} has seed = {plan.seed}, the parameters have {seed}")
     entry = group.entries[0]
     _check_all_are_used(key, entry.id)
     layer, _, kind = (group.metadata.name or "").rpartition(".")
@@ -181,14 +190,41 @@ if NAME not in {found.spec.name for found in registered_methods()}:
     register(lora_ortho)
 
 
+def _check_parameters(file: Path) -> None:
+    """Raises ValueError for a parameter that the method does not have; mergekit ignores it."""
+    with open_regular(file) as opened:
+        config = yaml.safe_load(opened.read())
+    if not isinstance(config, dict) or config.get("merge_method") != NAME:
+        return
+    known = [parameter.name for parameter in merge_methods.get(NAME).spec.parameters]
+    for given in _parameters(config):
+        for key in given:
+            if key not in known:
+                names = ", ".join(known)
+                raise ValueError(f"{file}: unknown parameter {key!r}; known are {names}")
+
+
+def _parameters(config: Any) -> Iterator[dict[Any, Any]]:
+    """Every table called "parameters", at any depth: of the whole, of models, of slices."""
+    if isinstance(config, dict) and isinstance(config.get("parameters"), dict):
+        yield config["parameters"]
+    inside = config.values() if isinstance(config, dict) else config
+    for value in inside if isinstance(config, (dict, list)) else ():
+        yield from _parameters(value)
+
+
 def main() -> int:
     """mergekit-yaml with the method registered; the exit status."""
     from mergekit.scripts.run_yaml import main as run_yaml
 
-    assert merge_methods.get(NAME).spec.name == NAME
     try:
-        run_yaml()
-    except (CliError, OSError, ValueError) as error:
+        words = sys.argv[1:]
+        context = run_yaml.make_context(run_yaml.name, list(words), resilient_parsing=True)
+        file = context.params.get("config_file")
+        if file is not None:
+            _check_parameters(Path(file))
+        run_yaml(words)
+    except (CliError, OSError, ValueError, yaml.YAMLError) as error:
         print(f"lora_ortho.plugins.mergekit: error: {one_line(error)}", file=sys.stderr)
         return 1
     return 0
