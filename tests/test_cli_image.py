@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -168,3 +172,68 @@ def test_refused_runs(
     assert message in captured.err.splitlines()[-1]
     assert captured.err.splitlines()[-1].startswith("lora-ortho: error: ")
     assert not out.exists()
+
+
+def test_rates_are_refused_before_the_pipeline_is_loaded(
+    workplace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two files in one layout, whatever the layout; the pipeline's folder holds nothing."""
+    (workplace / "hollow").mkdir()
+    (workplace / "hollow" / "model_index.json").write_text("{}")
+    save_image_adapter(workplace / "three.safetensors", workplace / "base", 3, kohya=True)
+    save_image_adapter(workplace / "four.safetensors", workplace / "base", 4)
+    text = CONFIG.replace('"base"', '"hollow"').replace("dropout_rate = 0.5", "dropout_rate = 0.25")
+    out = tmp_path / "results"
+    for old, new, message in (
+        ('"one.safe', '"three.safe', "layer lora_unet_down_blocks_1_attentions_0_transformer_"),
+        ('"two.safe', '"four.safe', "layer unet.down_blocks.1.attentions.0.transformer_blocks.0."),
+        ("steps", "device = 'abacus' #", "torch cannot use 'abacus' here"),
+        ("steps", "scheduler = 'Nothing' #", "no scheduler 'Nothing'"),
+    ):
+        file = workplace / "early.toml"
+        file.write_text(text.replace(old, new).replace('device = "cpu"', ""), encoding="utf-8")
+        assert main(["merge", str(file), "--out", str(out), "--quiet"]) == 1
+        (line,) = capsys.readouterr().err.splitlines()
+        assert message in line
+        assert not out.exists()
+
+
+def test_weight_0_leaves_an_adapter_out(
+    workplace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = CONFIG.replace("adapter_weight = 0.75", "adapter_weight = 0")
+    (workplace / "off.toml").write_text(text.replace("dropout_rate = 0.5\n", ""), encoding="utf-8")
+    out = tmp_path / "results"
+    assert main(["merge", str(workplace / "off.toml"), "--out", str(out), "--quiet"]) == 0
+    assert "one.v1 1, two off; seed 0" in capsys.readouterr().out
+    alone = by_diffusers(workplace)["one.v1 alone"]
+    assert not (out / "two alone").exists()
+    for row in ("one.v1 alone", "direct", "dropout", "orthogonal"):
+        assert int((pictures(out / row) - alone).abs().max()) <= 1, row
+
+
+def test_finished_pictures_are_kept(workplace: Path, tmp_path: Path) -> None:
+    """A run that is interrupted while it paints, as a process."""
+    text = CONFIG.replace("num_batches = 1", "num_batches = 20")
+    (workplace / "slow.toml").write_text(text, encoding="utf-8")
+    words = [sys.executable, "-m", "lora_ortho", "merge", str(workplace / "slow.toml")]
+    words += ["--out", str(tmp_path / "results")]
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    late = threading.Timer(120, process.kill)
+    late.start()
+    seen = next((line for line in process.stderr if "] direct, batch" in line), None)
+    process.send_signal(signal.SIGINT)
+    late.cancel()
+    assert seen is not None
+    shown, err = process.communicate(timeout=60)
+    assert (process.returncode, shown) == (1, "")
+    assert "interrupted; the rows that were finished are in" in err.splitlines()[-1]
+    kept = tmp_path / "results.unfinished"
+    result = json.loads((kept / "comparison.json").read_text())
+    assert result["unfinished"]["error"] == "interrupted"
+    assert result["unfinished"]["row"] not in result["difference"]
+    for row in ("bare model", "one.v1 alone", "two alone"):
+        assert len(list((kept / row).glob("*.png"))) == 40
+    assert (kept / "grid.png").is_file()
+    assert not (tmp_path / "results").exists()

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny_models import WORDS, language_model, save_adapter, save_language_model
 
 import lora_ortho
@@ -263,7 +269,7 @@ def test_force_never_replaces_a_strangers_folder(
         ("pipe_id", "", "no pipe_id"),
         ("texts", 'texts = ["none.txt"]', "there is no file none.txt"),
         ("prompt", 'prompt = ""', "no token"),
-        ("device", 'device = "abacus"', "cannot load"),
+        ("device", 'device = "abacus"', "device: torch cannot use 'abacus' here"),
         ("samples", 'backend = "abacus"', "backend must be None or one of"),
         ("dropout_rate", "dropout_rate = 0.25", "layer model.layers.0.mlp.down_proj: p: the orth"),
         ('file_path = "one"', 'file_path = "base"', "has no adapter_config.json"),
@@ -284,6 +290,91 @@ def test_refused_runs(
     (line,) = captured.err.splitlines()
     assert message in line
     assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("samples", "", "cannot load"),  # as it is, all is well up to the model
+        ("dropout_rate", "dropout_rate = 0.25", "layer model.layers.0.mlp.down_proj: p: the orth"),
+        ("texts", 'texts = ["latin.txt"]', "latin.txt is not UTF-8"),
+        ("texts", 'texts = ["none.txt"]', "there is no file none.txt"),
+        ("device", 'device = "abacus"', "torch cannot use 'abacus'"),
+        ("samples", 'backend = "cuda"', "backend 'cuda' cannot serve this merge"),
+        ('file_path = "one"', 'file_path = "nan"', "NaN"),
+        ('file_path = "one"', 'file_path = "none"', "none"),
+        ("adapter_weight", "adapter_weight = 0.0", "cannot load"),
+        ("[[loras]]", "[[loras]]\nadapter_weight = 0.0", "every adapter_weight is 0"),
+    ],
+)
+def test_refused_before_the_model_is_loaded(
+    old: str, new: str, message: str, workplace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The model's folder has nothing but its config.json: loading it is an error of its own."""
+    (workplace / "hollow").mkdir(exist_ok=True)
+    shutil.copy(workplace / "base" / "config.json", workplace / "hollow")
+    (workplace / "latin.txt").write_bytes(b"\xe9")
+    factors = load_file(workplace / "one" / "adapter_model.safetensors")
+    next(iter(factors.values()))[0, 0] = torch.nan
+    shutil.copytree(workplace / "one", workplace / "nan", dirs_exist_ok=True)
+    save_file(factors, workplace / "nan" / "adapter_model.safetensors")
+    text = (workplace / "merge.toml").read_text(encoding="utf-8").replace('"base"', '"hollow"')
+    if "every" in message:
+        text = text.replace("adapter_weight = 0.5\n", "")
+    lines = [new if line.startswith(old) else line for line in text.splitlines()]
+    (workplace / "early.toml").write_text("\n".join(lines), encoding="utf-8")
+    assert main(["merge", str(workplace / "early.toml"), "--quiet"]) == 1
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    (line,) = captured.err.splitlines()
+    assert message in line
+    assert ("cannot load" in line) == (message == "cannot load")
+
+
+def test_weight_0_leaves_an_adapter_out(workplace: Path, run: Run) -> None:
+    """The other one then has the model to itself, at its own rate or at p = 0."""
+    found = run(adapter_weight="adapter_weight = 0.0", dropout_rate="", samples="samples = 1")
+    rows = ["bare model", "one alone", "direct", "dropout", "orthogonal"]
+    assert list(found["losses"]) == rows
+    assert found["weights"] == [1.0, 0.0]
+    alone = found["losses"]["one alone"]
+    for row in rows[2:]:
+        assert found["losses"][row][0] == pytest.approx(alone[0], abs=2e-6)
+    assert alone != found["losses"]["bare model"]
+
+
+@pytest.mark.parametrize("folder", [True, False])
+def test_finished_rows_are_kept(folder: bool, workplace: Path, tmp_path: Path) -> None:
+    """A run that is interrupted in its last row, as a process."""
+    text = (workplace / "merge.toml").read_text(encoding="utf-8")
+    slow = text.replace("samples = 3", 'samples = 1000000\nmethods = ["direct", "orthogonal"]')
+    (workplace / "slow.toml").write_text(slow, encoding="utf-8")
+    out = tmp_path / "results"
+    words = [sys.executable, "-m", "lora_ortho", "merge", str(workplace / "slow.toml")]
+    words += ["--out", str(out)] if folder else ["--json"]
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    late = threading.Timer(120, process.kill)
+    late.start()
+    seen = next((line for line in process.stderr if "] orthogonal, sample" in line), None)
+    process.send_signal(signal.SIGINT)
+    late.cancel()
+    assert seen is not None
+    shown, err = process.communicate(timeout=60)
+    assert process.returncode == 1
+    (line,) = (line for line in err.splitlines() if not line.startswith("["))
+    assert line.startswith("lora-ortho: error: orthogonal: interrupted; the rows that were fin")
+    kept = tmp_path / "results.unfinished"
+    assert not out.exists()
+    assert kept.exists() == folder
+    text = (kept / "comparison.json").read_text() if folder else shown
+    found = json.loads(text)
+    assert list(found["losses"]) == ["bare model", "one alone", "second alone", "direct"]
+    assert found["unfinished"] == {"row": "orthogonal", "error": "interrupted"}
+    if folder:
+        assert shown == ""
+        assert str(kept) in line
+        assert "unfinished: orthogonal" in (kept / "comparison.txt").read_text()
 
 
 @pytest.mark.parametrize("method", ["direct", "ortho_rows"])

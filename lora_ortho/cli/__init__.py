@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from lora_ortho import __version__
 
 from . import bench, doctor, inspect, merge
-from .console import CliError, one_line
+from .console import one_line
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("lora-ortho: interrupted; nothing half-written was left", file=sys.stderr)
         return 1
-    except (CliError, ImportError, OSError, ValueError) as error:
+    except (ImportError, MemoryError, OSError, RuntimeError, ValueError) as error:
         print(f"lora-ortho: error: {one_line(error)}", file=sys.stderr)
         return 1
     return status

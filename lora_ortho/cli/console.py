@@ -116,3 +116,9 @@ def number(value: float) -> str:
 def span(low: float, high: float) -> str:
     """One number, or the range from one to another."""
     return number(low) if low == high else f"{number(low)}-{number(high)}"
+
+
+def weights_text(names: Sequence[str], weights: Sequence[float]) -> str:
+    """Adapters with their merge weights; 0 is off."""
+    pairs = zip(names, weights, strict=True)
+    return ", ".join(f"{name} {weight:g}" if weight else f"{name} off" for name, weight in pairs)

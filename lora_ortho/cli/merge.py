@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import os
-import shutil
-import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from .console import CliError, Progress, add_common, to_json
+from .merge_checks import check_config
 from .merge_config import MergeConfig, read_config
-
-RESULT = "comparison.json"  # in every folder of results; --force replaces no other folder
+from .merge_results import Unfinished, check_results, keep, write_results
 
 
 def add_parser(commands: Any) -> None:
@@ -64,14 +60,21 @@ def run(args: argparse.Namespace) -> int:
     out = args.out if args.out is not None else None if kind == "language" else Path(name)
     if out is not None:
         check_results(out, args.force)
+    check_config(config, kind, progress)
     if kind == "image":
         from .merge_image import compare
     else:
         from .merge_language import compare
-    result, text, write = compare(config, progress)
+    try:
+        made = compare(config, progress)
+    except Unfinished as stop:
+        line = keep(stop, out)
+        if out is None:
+            print(to_json(stop.made.result) if args.json else stop.made.text)
+        raise CliError(line) from stop
     if out is not None:
-        write_results(out, result, text, write)
-    print(to_json(result) if args.json else text)
+        write_results(out, made)
+    print(to_json(made.result) if args.json else made.text)
     return 0
 
 
@@ -126,34 +129,3 @@ def _export(args: argparse.Namespace, config: MergeConfig, progress: Progress) -
     )
     print(to_json(written) if args.json else str(written))
     return 0
-
-
-def check_results(out: Path, force: bool) -> None:
-    """Refuses a folder of results that exists, and with --force any that holds something else."""
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return
-    if not force:
-        raise CliError(f"{out} exists; --force replaces it")
-    if not (out / RESULT).is_file():
-        raise CliError(f"{out} holds no {RESULT}, so --force does not replace it")
-
-
-def write_results(
-    out: Path, result: dict[str, Any], text: str, write: Callable[[Path], object]
-) -> None:
-    """A folder with comparison.json, comparison.txt and what `write` adds: whole or not at all."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=".writing-") as scratch:
-        made = Path(scratch) / "new"
-        made.mkdir()
-        (made / RESULT).write_text(to_json(result) + "\n", encoding="utf-8")
-        (made / "comparison.txt").write_text(text + "\n", encoding="utf-8")
-        write(made)
-        if out.exists():
-            os.replace(out, Path(scratch) / "old")
-        try:
-            os.replace(made, out)
-        except OSError:
-            if (Path(scratch) / "old").exists():
-                shutil.move(Path(scratch) / "old", out)
-            raise

@@ -36,7 +36,7 @@ class Lora:
         file_name: a file in it; None for a PEFT folder.
         adapter_name: name in tables and pictures.
         dropout_rate: in [0, 1); None is 1 - 1/K of the adapters in a layer.
-        adapter_weight: merge weight.
+        adapter_weight: merge weight; 0 leaves the adapter out.
     """
 
     file_path: str
@@ -106,6 +106,15 @@ class MergeConfig:
     def weights(self) -> list[float]:
         """Their merge weights."""
         return [lora.adapter_weight for lora in self.loras]
+
+    @property
+    def on(self) -> list[int]:
+        """Which adapters take part: those whose weight is not 0."""
+        return [j for j, lora in enumerate(self.loras) if lora.adapter_weight != 0.0]
+
+    def of_on(self, values: Sequence[Any]) -> list[Any]:
+        """Of one value for each adapter, those of the adapters that take part."""
+        return [values[j] for j in self.on]
 
     @property
     def p(self) -> list[float] | None:

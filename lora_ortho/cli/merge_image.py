@@ -5,17 +5,17 @@ from __future__ import annotations
 import importlib
 import inspect
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from lora_ortho.adapters import attach
-from lora_ortho.adapters.tensor_file import read_header
 
-from .console import CliError, Progress, one_line, quieten, table
+from .console import CliError, Progress, one_line, quieten, table, weights_text
+from .merge_checks import device_of, dtype_of
 from .merge_config import Lora, MergeConfig
+from .merge_results import Made, Unfinished
 
 _LABEL = 22  # pixels above each row of the grid
 _NARROWEST = 160  # pixels that a label needs
@@ -24,45 +24,57 @@ _GROUND, _INK = "#ffffff", "#1a1a1a"
 Pictures = dict[str, list[Any]]  # PIL images by what made them
 
 
-def compare(
-    config: MergeConfig, progress: Progress
-) -> tuple[dict[str, Any], str, Callable[[Path], object]]:
-    """Runs the bare pipeline, each adapter alone, and every method.
+def compare(config: MergeConfig, progress: Progress) -> Made:
+    """Runs the bare pipeline, each adapter alone, and every method; grid.png and every picture.
 
-    Returns:
-        The result as plain data and as text, and what writes grid.png and every picture.
+    Raises:
+        CliError, ValueError: what does not fit, before anything is painted.
+        Unfinished: a row failed after others were finished.
     """
-    if config.prompt is None:
-        raise CliError("nothing to run: give a prompt")
-    if config.texts:
-        raise CliError("texts are for language models; a pipeline has no loss to take on them")
     progress("loading the pipeline")
     pipe = load(config)
     options = call_options(config, pipe)
-    own = [f"adapter_{j}" for j in range(len(config.loras))]  # PEFT allows no dot in a name
-    for lora, name in zip(config.loras, own, strict=True):
+    own = [f"adapter_{j}" for j in config.on]  # PEFT allows no dot in a name
+    loras, weights = config.of_on(config.loras), config.of_on(config.weights)
+    for lora, name in zip(loras, own, strict=True):
         progress(f"loading {lora.adapter_name}")
         _load_lora(pipe, config, lora, name)
+    p = None if config.p is None else config.of_on(config.p)
+    pipe.set_adapters(own, weights)
+    for method in config.methods:  # every refusal comes before the first row
+        attach(pipe, p=p, method=method, backend=config.backend).detach()
     made: Pictures = {}
 
     def paint(key: str) -> None:
-        progress(key)
         torch.manual_seed(config.seed)  # of the masks, drawn anew at every step
-        made[key] = []
+        found = []
         for batch in range(config.num_batches):
+            progress(f"{key}, batch {batch + 1} of {config.num_batches}")
             generator = torch.Generator().manual_seed(batch)
-            made[key] += pipe(**options, generator=generator).images
+            found += pipe(**options, generator=generator).images
+        made[key] = found
 
-    pipe.disable_lora()
-    paint("bare model")
-    pipe.enable_lora()
-    for lora, name in zip(config.loras, own, strict=True):
-        pipe.set_adapters([name], [lora.adapter_weight])
-        paint(f"{lora.adapter_name} alone")
-    pipe.set_adapters(own, config.weights)
-    for method in config.methods:
-        with attach(pipe, p=config.p, method=method, backend=config.backend):
-            paint(method)
+    key = "bare model"
+    try:
+        pipe.disable_lora()
+        paint(key)
+        pipe.enable_lora()
+        for lora, name, weight in zip(loras, own, weights, strict=True):
+            key = f"{lora.adapter_name} alone"
+            pipe.set_adapters([name], [weight])
+            paint(key)
+        pipe.set_adapters(own, weights)
+        for key in config.methods:
+            with attach(pipe, p=p, method=key, backend=config.backend):
+                paint(key)
+    except (Exception, KeyboardInterrupt) as error:
+        if not made:
+            raise
+        raise Unfinished(_made(config, made), key) from error
+    return _made(config, made)
+
+
+def _made(config: MergeConfig, pictures: Pictures) -> Made:
     result = {
         "kind": "image",
         "model": config.pipe_id,
@@ -71,10 +83,10 @@ def compare(
         "p": config.p,
         "seed": config.seed,
         "prompt": config.prompt,
-        "pictures": len(next(iter(made.values()))),
-        "difference": differences(made),
+        "pictures": len(next(iter(pictures.values()))),
+        "difference": differences(pictures),
     }
-    return result, as_text(result), lambda folder: write(folder, made)
+    return Made(result, as_text(result), lambda folder: write(folder, pictures))
 
 
 def load(config: MergeConfig) -> Any:
@@ -85,24 +97,22 @@ def load(config: MergeConfig) -> Any:
         raise CliError(
             f"an image pipeline needs diffusers (pip install diffusers): {error}"
         ) from error
+    kind: Any = getattr(diffusers, str(config.scheduler), None)
+    named = str(config.scheduler).endswith("Scheduler") and hasattr(kind, "from_config")
+    if config.scheduler is not None and not named:
+        raise CliError(f"scheduler: diffusers has no scheduler {config.scheduler!r}")
     pipe_id = str(config.pipe_id)
     source = str(config.local(pipe_id) or pipe_id)
-    device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = config.dtype or ("float32" if device == "cpu" else "float16")
+    dtype = dtype_of(config, "image")
     quieten(diffusers.utils.logging, importlib.import_module("transformers").logging)
     try:
         with warnings.catch_warnings():  # newer versions call the argument dtype
             warnings.simplefilter("ignore", FutureWarning)
-            pipe = diffusers.DiffusionPipeline.from_pretrained(
-                source, torch_dtype=getattr(torch, dtype)
-            )
-        pipe.to(device)
+            pipe = diffusers.DiffusionPipeline.from_pretrained(source, torch_dtype=dtype)
+        pipe.to(device_of(config))
     except Exception as error:  # whatever the library raises for a pipeline it cannot load
         raise CliError(f"cannot load {source}: {one_line(error)}") from error
     if config.scheduler is not None:
-        kind: Any = getattr(diffusers, config.scheduler, None)
-        if not hasattr(kind, "from_config") or not config.scheduler.endswith("Scheduler"):
-            raise CliError(f"scheduler: diffusers has no scheduler {config.scheduler!r}")
         pipe.scheduler = kind.from_config(pipe.scheduler.config)
     if not hasattr(pipe, "load_lora_weights"):
         raise CliError(f"{type(pipe).__name__} does not load LoRA adapters")
@@ -131,9 +141,6 @@ def call_options(config: MergeConfig, pipe: Any) -> dict[str, Any]:
 
 def _load_lora(pipe: Any, config: MergeConfig, lora: Lora, name: str) -> None:
     path = config.adapter_path(lora)
-    if path.is_dir() or path.suffix != ".safetensors":
-        raise CliError(f"{path}: an adapter of a pipeline is a .safetensors file")
-    read_header(path)  # refuses what is broken or hostile before diffusers opens it
     try:
         with warnings.catch_warnings():  # that there are several adapters is intended
             warnings.simplefilter("ignore", UserWarning)
@@ -170,10 +177,7 @@ def as_text(result: dict[str, Any]) -> str:
     """The differences as a table."""
     rows = result["difference"]
     columns = list(next(iter(rows.values())))
-    weights = ", ".join(
-        f"{name} {weight:g}"
-        for name, weight in zip(result["adapters"], result["weights"], strict=True)
-    )
+    weights = weights_text(result["adapters"], result["weights"])
     cells = [[key, *(f"{value[other]:.2f}" for other in columns)] for key, value in rows.items()]
     return (
         f"{result['model']} with {weights}; seed {result['seed']}\n"

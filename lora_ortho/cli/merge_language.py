@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -12,55 +12,84 @@ import torch
 from torch import Tensor, nn
 
 from lora_ortho.adapters import inject
+from lora_ortho.adapters.inject import Injection
 
-from .console import CliError, Progress, one_line, quieten, table
+from .console import CliError, Progress, one_line, quieten, table, weights_text
+from .merge_checks import device_of, dtype_of, read_text
 from .merge_config import MergeConfig
+from .merge_results import Made, Unfinished
 
 _WINDOW = 256  # tokens evaluated at once
 
 
-def compare(
-    config: MergeConfig, progress: Progress
-) -> tuple[dict[str, Any], str, Callable[[Path], object]]:
+def compare(config: MergeConfig, progress: Progress) -> Made:
     """Runs the bare model, each adapter alone, and every method.
 
-    Returns:
-        The result as plain data and as text; there are no further files to write.
+    Raises:
+        CliError, ValueError: what does not fit, before anything is run.
+        Unfinished: a row failed after others were finished.
     """
-    if not config.texts and config.prompt is None:
-        raise CliError("nothing to run: give a prompt, or texts to take the loss on")
-    texts = [_read(config, name) for name in config.texts]
+    texts = [read_text(config, name) for name in config.texts]
     progress("loading the model")
     model, tokenizer = load(config)
     progress("loading the adapters")
-    adapters = config.load_adapters(model)
+    adapters = config.of_on(config.load_adapters(model))
     tokens = [_tokens(tokenizer, text, config) for text in texts]
+    ids = None if config.prompt is None else _prompt(tokenizer, config.prompt)
+    merges = {method: _settings(config, method) for method in config.methods}
+    for settings in merges.values():  # every refusal comes before the first row
+        inject(model, adapters, **settings).detach()
     losses: dict[str, list[list[float]]] = {}
     written: dict[str, str] = {}
 
-    def evaluate(key: str) -> None:
-        progress(key)
-        losses.setdefault(key, []).append([loss(model, x) for x in tokens])
-        if config.prompt is not None and key not in written:
-            written[key] = generate(model, tokenizer, config)
-
-    evaluate("bare model")
-    for adapter, weight in zip(adapters, config.weights, strict=True):
-        with inject(model, [adapter], weights=[weight], method="direct", backend=config.backend):
-            evaluate(f"{adapter.name} alone")
-    for method in config.methods:
-        with inject(
-            model,
-            adapters,
-            p=config.p,
-            weights=config.weights,
-            method=method,
-            seed=config.seed,
-            backend=config.backend,
-        ) as handle:
-            for sample in range(1 if method == "direct" else config.samples):
+    def row(key: str, handle: Injection | None = None, samples: int = 1) -> None:
+        found = []
+        for sample in range(samples):
+            progress(key if samples == 1 else f"{key}, sample {sample + 1} of {samples}")
+            if handle is not None:
                 handle.set(sample=sample)
-                evaluate(method)
+            found.append([loss(model, x) for x in tokens])
+            if ids is not None and sample == 0:
+                text = generate(model, tokenizer, ids, config)
+        losses[key] = found
+        if ids is not None:
+            written[key] = text
+
+    key = "bare model"
+    try:
+        row(key)
+        for adapter, weight in zip(adapters, config.of_on(config.weights), strict=True):
+            key = f"{adapter.name} alone"
+            alone: Any = {"method": "direct", "backend": config.backend}
+            with inject(model, [adapter], weights=[weight], **alone) as handle:
+                row(key, handle)
+        for key, settings in merges.items():
+            with inject(model, adapters, **settings) as handle:
+                row(key, handle, 1 if key == "direct" else config.samples)
+    except (Exception, KeyboardInterrupt) as error:
+        if not losses:
+            raise
+        raise Unfinished(_made(config, tokens, losses, written), key) from error
+    return _made(config, tokens, losses, written)
+
+
+def _settings(config: MergeConfig, method: str) -> dict[str, Any]:
+    """What `inject` is given for a method."""
+    return {
+        "p": None if config.p is None else config.of_on(config.p),
+        "weights": config.of_on(config.weights),
+        "method": method,
+        "seed": config.seed,
+        "backend": config.backend,
+    }
+
+
+def _made(
+    config: MergeConfig,
+    tokens: Sequence[Tensor],
+    losses: dict[str, list[list[float]]],
+    written: dict[str, str],
+) -> Made:
     result = {
         "kind": "language",
         "model": config.pipe_id,
@@ -74,7 +103,7 @@ def compare(
         "prompt": config.prompt,
         "written": written,
     }
-    return result, as_text(result), lambda folder: None
+    return Made(result, as_text(result))
 
 
 def load(config: MergeConfig) -> tuple[Any, Any]:
@@ -87,8 +116,7 @@ def load(config: MergeConfig) -> tuple[Any, Any]:
         ) from error
     pipe_id = str(config.pipe_id)
     source = str(config.local(pipe_id) or pipe_id)
-    dtype = getattr(torch, config.dtype or "float32")
-    device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    dtype, device = dtype_of(config, "language"), device_of(config)
     quieten(transformers.logging)
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(source)
@@ -99,18 +127,19 @@ def load(config: MergeConfig) -> tuple[Any, Any]:
     return model.eval().requires_grad_(False), tokenizer
 
 
-def _read(config: MergeConfig, name: str) -> str:
-    path = config.local(name)
-    if path is None:
-        raise CliError(f"texts: there is no file {name}")
-    return path.read_text(encoding="utf-8")
-
-
 def _tokens(tokenizer: Any, text: str, config: MergeConfig) -> Tensor:
     found: list[int] = tokenizer(text, add_special_tokens=False).input_ids[: config.max_tokens]
     if len(found) < 2:
         raise CliError(f"texts: a text of {len(found)} tokens is too short to take a loss on")
     return torch.tensor(found)
+
+
+def _prompt(tokenizer: Any, prompt: str) -> Tensor:
+    """(1, tokens) of the prompt."""
+    ids: Tensor = tokenizer(prompt, return_tensors="pt").input_ids
+    if ids.shape[1] == 0:
+        raise CliError("prompt: no token in it")
+    return ids
 
 
 @torch.inference_mode()
@@ -126,11 +155,9 @@ def loss(model: Any, tokens: Tensor) -> float:
 
 
 @torch.inference_mode()
-def generate(model: Any, tokenizer: Any, config: MergeConfig) -> str:
-    """What the model writes after the prompt, most probable token by token."""
-    ids = tokenizer(config.prompt, return_tensors="pt").input_ids.to(model.device)
-    if ids.shape[1] == 0:
-        raise CliError("prompt: no token in it")
+def generate(model: Any, tokenizer: Any, ids: Tensor, config: MergeConfig) -> str:
+    """What the model writes after the prompt's tokens, most probable token by token."""
+    ids = ids.to(model.device)
     out = model.generate(
         ids,
         attention_mask=torch.ones_like(ids),
@@ -144,10 +171,7 @@ def generate(model: Any, tokenizer: Any, config: MergeConfig) -> str:
 
 def as_text(result: dict[str, Any]) -> str:
     """The comparison as a table, and the continuations below it."""
-    weights = ", ".join(
-        f"{name} {weight:g}"
-        for name, weight in zip(result["adapters"], result["weights"], strict=True)
-    )
+    weights = weights_text(result["adapters"], result["weights"])
     parts = [f"{result['model']} with {weights}; seed {result['seed']}"]
     if result["texts"]:
         names = [Path(name).name for name in result["texts"]]
