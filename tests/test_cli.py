@@ -67,6 +67,18 @@ def test_inspect_every_layer_and_interference(
     assert "two on one" in out
 
 
+def test_inspect_says_which_dominates(
+    tmp_path: Path, folders: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    large = {key: 100 * value for key, value in tensors().items()}
+    third = str(write(tmp_path / "three", factors=large))
+    assert main(["inspect", folders[0], third]) == 0
+    words = "three dominates: over layers that adapters share, the updates of three are 1e+04 times"
+    assert words in capsys.readouterr().out
+    assert main(["inspect", folders[0], third, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["dominant"] == "three"
+
+
 def test_inspect_says_what_does_not_fit(
     folders: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:

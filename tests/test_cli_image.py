@@ -133,7 +133,10 @@ def test_inspect_finds_kohyas_names_in_the_pipeline(
 ) -> None:
     paths = [str(workplace / f"{name}.safetensors") for name in ("one", "two")]
     assert main(["inspect", *paths, "--quiet"]) == 1
-    assert "give it as model" in capsys.readouterr().err
+    assert "give it as --model" in capsys.readouterr().err
+    unet = ["--model", str(workplace / "base" / "unet")]
+    assert main(["inspect", *paths, *unet, "--quiet"]) == 1
+    assert "as model" not in capsys.readouterr().err
     assert main(["inspect", *paths, "--model", str(workplace / "base"), "--json", "--quiet"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert [adapter["layers"] for adapter in found["adapters"]] == [16, 16]

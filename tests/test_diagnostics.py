@@ -228,3 +228,32 @@ def test_collect_inputs() -> None:
     model.extra = nn.Linear(1, 1)
     with pytest.raises(ValueError, match=r"run\(\) did not reach 'extra'"):
         collect_inputs(model, ["a", "extra"], run)
+
+
+def test_which_adapter_dominates() -> None:
+    """By the norms of full matrices over the layers that are shared; the third shares none."""
+    layers = {name: [random_adapter(3, seed) for seed in seeds] for name, seeds in (
+        ("a", (1, 2)), ("b", (3, 4)), ("alone", (5,)),
+    )}  # fmt: skip
+    one = made("one", {"a": layers["a"][0], "b": layers["b"][0], "alone": layers["alone"][0]})
+
+    def report(scale: float) -> Any:
+        two = {n: replace(layers[n][1], scaling=scale * layers[n][1].scaling) for n in ("a", "b")}
+        return two, inspect([one, made("two", two), made("three", {"c": random_adapter(2, 9)})])
+
+    for scale in (0.1, 1.0, 10.0):
+        two, found = report(scale)
+        for index, parts in enumerate((one.layers, two)):
+            norms = [float(full(parts[name]).norm()) for name in ("a", "b")]
+            summary = found.adapters[index]
+            assert summary.shared_layers == 2
+            assert summary.shared_norm == pytest.approx(math.hypot(*norms))
+        assert found.dominant == {0.1: "one", 1.0: None, 10.0: "two"}[scale]
+        stronger = [
+            float(full(one.layers[name]).norm() > full(two[name]).norm()) for name in ("a", "b")
+        ]
+        assert found.adapters[0].strongest_in == sum(stronger)
+        assert found.adapters[1].strongest_in == 2 - sum(stronger)
+        assert found.adapters[2].shared_layers == 0
+        assert found.adapters[2].shared_norm == 0.0
+    assert inspect([one]).dominant is None

@@ -26,6 +26,13 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
+def in_words_of(error: BaseException, option: str) -> str:
+    """A message that speaks of the argument `model`, for those who have an option instead."""
+    return one_line(error).replace("as model, or choose with part=", f"as {option}").replace(
+        "as model", f"as {option}"
+    )
+
+
 class Progress:
     """Lines on standard error: what is done now, with the seconds since the start.
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lora_ortho.adapters import LoadedAdapter, load_adapter
+from lora_ortho.adapters import AdapterFileError, LoadedAdapter, load_adapter
 from lora_ortho.adapters.names import titles
 from lora_ortho.adapters.tensor_file import read_tensors
 from lora_ortho.diagnostics import Pair, Report, by_pair, inspect
@@ -20,6 +20,7 @@ from .console import (
     Progress,
     add_common,
     check_free,
+    in_words_of,
     number,
     span,
     table,
@@ -90,7 +91,10 @@ def _load(paths: Sequence[str], base: str | None, progress: Progress) -> list[Lo
     adapters = []
     for path, name in zip(paths, names, strict=True):
         progress(f"reading {path}")
-        adapters.append(load_adapter(path, model, name=name))
+        try:
+            adapters.append(load_adapter(path, model, name=name))
+        except AdapterFileError as error:
+            raise CliError(in_words_of(error, "--model")) from error
     return adapters
 
 
@@ -200,9 +204,24 @@ def _interference(report: Report, every: bool) -> str:
 def _verdict(report: Report) -> str:
     lines = [f"note: {remark}" for remark in report.remarks]
     lines += [f"problem: {problem}" for problem in report.problems]
+    if len([a for a in report.adapters if a.shared_layers]) > 1:
+        lines.append(_balance_sentence(report))
     if not report.problems:
         lines.append(_rates_sentence(report))
     return "\n".join(lines)
+
+
+def _balance_sentence(report: Report) -> str:
+    order = sorted((a for a in report.adapters if a.shared_layers), key=lambda a: -a.shared_norm)
+    first, second = order[:2]
+    by = f" {number(first.shared_norm / second.shared_norm)} times" if second.shared_norm else ""
+    who = "no adapter dominates" if report.dominant is None else f"{report.dominant} dominates"
+    return (
+        f"{who}: over layers that adapters share, the updates of {first.name} are{by} as large as "
+        f"those of {second.name} (norms {number(first.shared_norm)} and "
+        f"{number(second.shared_norm)}), and the largest in {first.strongest_in} of "
+        f"{first.shared_layers}; merge weights multiply them"
+    )
 
 
 def _rates_sentence(report: Report) -> str:

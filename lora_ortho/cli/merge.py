@@ -6,7 +6,9 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from .console import CliError, Progress, add_common, to_json
+from lora_ortho.adapters import AdapterFileError
+
+from .console import CliError, Progress, add_common, in_words_of, to_json
 from .merge_checks import check_config
 from .merge_config import MergeConfig, read_config
 from .merge_results import Unfinished, check_results, keep, write_results
@@ -113,7 +115,10 @@ def _export(args: argparse.Namespace, config: MergeConfig, progress: Progress) -
     single = not all(config.adapter_path(lora).is_dir() for lora in config.loras)
     model = load_base(config, progress) if single and config.pipe_id is not None else None
     progress("reading the adapters")
-    adapters = config.load_adapters(model)
+    try:
+        adapters = config.load_adapters(model)
+    except AdapterFileError as error:
+        raise CliError(in_words_of(error, "pipe_id")) from error
     progress(f"exporting to {args.export}")
     written = export(
         adapters,

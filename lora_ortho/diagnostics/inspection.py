@@ -15,6 +15,8 @@ from .factors import Factorisation, Overlap, factorise
 from .inputs import Inputs, check_inputs
 from .records import Interference, Layer, Pair, Report, Summary
 
+_DOMINANT = 2.0  # times as large as the updates of every other adapter
+
 
 def inspect(
     adapters: Sequence[LoadedAdapter],
@@ -49,12 +51,14 @@ def inspect(
             pairs += _pairs(name, parts)
             found += _interference(name, named, parts, inputs or {})
     smallest = max(layer.smallest_p for layer in layers)
+    summaries = tuple(_summary(adapter, norms[adapter.name], layers) for adapter in adapters)
     return Report(
-        tuple(_summary(adapter, norms[adapter.name]) for adapter in adapters),
+        summaries,
         tuple(layers),
         tuple(pairs),
         tuple(found),
         smallest,
+        _dominant(summaries),
         (*problems, *_rates_that_fail(adapters, layers, p)),
         tuple(_remarks(adapters, norms)),
     )
@@ -163,7 +167,11 @@ def _rates_that_fail(
     return problems
 
 
-def _summary(adapter: LoadedAdapter, norm: float) -> Summary:
+def _summary(adapter: LoadedAdapter, norm: float, layers: Sequence[Layer]) -> Summary:
+    common = (layer for layer in layers if len(layer.adapters) > 1)
+    shared = [layer for layer in common if adapter.name in layer.adapters]
+    own = [layer.norms[layer.adapters.index(adapter.name)] for layer in shared]
+    strongest = sum(norm == max(layer.norms) for norm, layer in zip(own, shared, strict=True))
     parts = list(adapter.layers.values())
     ranks = [part.lora_A.shape[0] for part in parts]
     scalings = [part.scaling for part in parts]
@@ -179,7 +187,17 @@ def _summary(adapter: LoadedAdapter, norm: float) -> Summary:
         tuple(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors})),
         sum(part.bias is not None for part in parts),
         norm,
+        len(shared),
+        math.hypot(*own),
+        strongest,
     )
+
+
+def _dominant(summaries: Sequence[Summary]) -> str | None:
+    order = sorted((s for s in summaries if s.shared_layers), key=lambda s: -s.shared_norm)
+    if len(order) < 2 or not order[0].shared_norm >= _DOMINANT * order[1].shared_norm > 0.0:
+        return None
+    return order[0].name
 
 
 def _remarks(adapters: Sequence[LoadedAdapter], norms: Mapping[str, float]) -> list[str]:

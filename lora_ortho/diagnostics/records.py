@@ -80,6 +80,9 @@ class Summary:
         dtypes: of its factors.
         biased: layers with a bias of their own.
         norm: root of the sum of its squared updates.
+        shared_layers: how many of its layers another adapter adapts too.
+        shared_norm: its norm over those.
+        strongest_in: in how many of those its update is the largest.
     """
 
     name: str
@@ -92,6 +95,9 @@ class Summary:
     dtypes: tuple[str, ...]
     biased: int
     norm: float
+    shared_layers: int
+    shared_norm: float
+    strongest_in: int
 
 
 @dataclass(frozen=True)
@@ -104,6 +110,8 @@ class Report:
         pairs: every pair of adapters in every layer they share.
         interference: where inputs were given.
         smallest_p: the smallest rate that works for all adapters in every layer.
+        dominant: the adapter whose shared_norm is at least twice every other's, at weights of 1;
+            None where there is none.
         problems: why they cannot be merged; none if they can.
         remarks: what does not prevent a merge, but should be known.
     """
@@ -113,6 +121,7 @@ class Report:
     pairs: tuple[Pair, ...]
     interference: tuple[Interference, ...]
     smallest_p: float
+    dominant: str | None
     problems: tuple[str, ...]
     remarks: tuple[str, ...]
 
