@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import Any
 
 import torch
@@ -175,11 +175,33 @@ def _eights(cols: Indices, col: Tensor) -> tuple[Tensor, slice | Tensor]:
     return group, 8 * inverse + (col & 7)
 
 
+def numbers(name: str, values: Iterable[float] | Tensor, what: str = "numbers") -> list[float]:
+    """Floats of a sequence; TypeError for what is none, or holds something else than numbers."""
+    kind = type(values).__name__
+    if isinstance(values, (Mapping, Set)):
+        raise TypeError(
+            f"{name} must be a sequence of {what}, got {kind}: give them in the order of the "
+            f"adapters"
+        )
+    if isinstance(values, (str, bytes, int, float)) or not hasattr(values, "__iter__"):
+        raise TypeError(f"{name} must be a sequence of {what}, got {kind}")
+    return [
+        float(v) if isinstance(v, (int, float)) else _number(f"{name}[{j}]", v)
+        for j, v in enumerate(values)
+    ]
+
+
+def _number(name: str, value: Any) -> float:
+    """A float of a number of another library, or of a tensor of one element."""
+    numel = value.numel() if isinstance(value, Tensor) else 1
+    if numel != 1 or not (hasattr(value, "__float__") or hasattr(value, "__index__")):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    return float(value)
+
+
 def rates(p: Sequence[float] | Tensor, name: str = "p") -> list[float]:
     """Dropout rates as floats, each checked to lie in [0, 1)."""
-    if isinstance(p, (str, bytes, int, float)) or not hasattr(p, "__iter__"):
-        raise TypeError(f"{name} must be a sequence of rates, got {type(p).__name__}")
-    values = [float(v) for v in p]
+    values = numbers(name, p, "rates")
     for j, value in enumerate(values):
         if not 0.0 <= value < 1.0:
             raise ValueError(f"{name}[{j}] must be a dropout rate in [0, 1), got {value}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -116,6 +116,9 @@ class FusedOrthoLoRALinear(nn.Module):
     ) -> None:
         super().__init__()
         self.in_features, self.out_features = _sizes(base)
+        if isinstance(adapters, Adapter) or not isinstance(adapters, Iterable):
+            kind = type(adapters).__name__
+            raise TypeError(f"adapters must be a list of Adapter, got {kind}")
         adapters = list(adapters)
         for j, adapter in enumerate(adapters):
             if not isinstance(adapter, Adapter):

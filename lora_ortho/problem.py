@@ -210,10 +210,25 @@ def check_pair(A: Tensor, B: Tensor, name_A: str, name_B: str) -> None:
                 f"{name} must have shape {shape} without zeros, got {tuple(tensor.shape)}"
             )
     if B.shape[1] != A.shape[0]:
-        raise ValueError(
+        problem = (
             f"{name_B} must have {A.shape[0]} columns, the rank of {name_A}, got shape "
             f"{tuple(B.shape)}"
         )
+        turned = [
+            words
+            for words, rank_A, rank_B in (
+                (f"{name_A} looks", A.shape[1], B.shape[1]),
+                (f"{name_B} looks", A.shape[0], B.shape[0]),
+                (f"{name_A} and {name_B} look", A.shape[1], B.shape[0]),
+            )
+            if rank_A == rank_B
+        ]
+        if turned:
+            problem = (
+                f"{turned[0]} transposed: {name_A} must have shape (r, d_in), {name_B} "
+                f"(d_out, r), got {tuple(A.shape)} and {tuple(B.shape)}"
+            )
+        raise ValueError(problem)
     if B.device != A.device:
         raise ValueError(f"{name_B} must be on the device of {name_A}, {A.device}, got {B.device}")
 
@@ -227,9 +242,7 @@ def finite_numbers(name: str, values: Sequence[float] | Tensor | None, count: in
     """``count`` finite floats from a sequence; ones for None."""
     if values is None:
         return [1.0] * count
-    if isinstance(values, (str, bytes, int, float)) or not hasattr(values, "__iter__"):
-        raise TypeError(f"{name} must be a sequence of numbers, got {type(values).__name__}")
-    numbers = [float(v) for v in values]
+    numbers = mask_stream.numbers(name, values)
     _check_length(name, len(numbers), count)
     for j, number in enumerate(numbers):
         if not math.isfinite(number):
