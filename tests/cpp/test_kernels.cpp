@@ -139,6 +139,62 @@ TEST(the_result_may_take_the_place_of_the_base) {
     }
 }
 
+// A and B each of another dtype than x; and everything that was given to pack is overwritten and
+// freed before the call.
+TEST(factors_of_any_dtype_may_go_after_packing) {
+    for (int i = 0; i < kMethods * kDtypes; ++i) {
+        Numbers numbers(550 + static_cast<std::uint64_t>(i));
+        const Shape p = random_shape(numbers, i % kMethods, i / kMethods);
+        const Layer l = random_layer(numbers, p, true);
+        for (const lora_ortho_isa isa : isas()) {
+            check::context() = std::string(lora_ortho_isa_name(isa)) + " " + p.text();
+            Outputs kept(p), gone(p);
+            forward(l, pack(l, isa), 2, true, kept);
+            backward(l, pack(l, isa), 2, kept);
+            Buffer packed{0};
+            {
+                std::vector<Matrix> A, B;
+                std::vector<lora_ortho_matrix> a, b;
+                const auto another = [&](const Matrix& m, int dtype) {
+                    std::size_t at = 0;
+                    return Matrix(m.rows, m.cols, dtype, Lay::kRows,
+                                  [&] { return m.values[at++]; });
+                };
+                for (std::size_t j = 0; j < l.A.size(); ++j) {
+                    A.push_back(another(l.A[j], (p.dtype + 1 + static_cast<int>(j)) % kDtypes));
+                    B.push_back(another(l.B[j], (p.dtype + 2 + static_cast<int>(j)) % kDtypes));
+                    a.push_back(A.back().view);
+                    b.push_back(B.back().view);
+                }
+                std::vector<std::int64_t> ranks = p.ranks;
+                std::vector<std::uint32_t> thresholds = p.thresholds;
+                const lora_ortho_factors factors = {LORA_ORTHO_STRUCT_VERSION,
+                                                    p.method,
+                                                    p.dtype,
+                                                    isa,
+                                                    static_cast<std::int32_t>(p.adapters()),
+                                                    p.d_in,
+                                                    p.d_out,
+                                                    ranks.data(),
+                                                    thresholds.data(),
+                                                    a.data(),
+                                                    b.data()};
+                std::size_t bytes = 0;
+                CHECK_EQ(lora_ortho_pack_bytes(&factors, &bytes), LORA_ORTHO_OK);
+                packed = Buffer(bytes);
+                CHECK_EQ(lora_ortho_pack(&factors, packed.data(), bytes), LORA_ORTHO_OK);
+                for (auto* all : {&A, &B})
+                    for (Matrix& m : *all) std::memset(m.memory.data(), 0xff, m.memory.bytes());
+                ranks.assign(ranks.size(), 1);
+                thresholds.assign(thresholds.size(), 1);
+            }
+            forward(l, packed, 2, true, gone);
+            backward(l, packed, 2, gone);
+            CHECK(gone == kept);
+        }
+    }
+}
+
 // Two calls on the rows above and below a cut, then on the columns on either side of one.
 TEST(parts_have_the_masks_of_the_whole) {
     for (int i = 0; i < 24; ++i) {

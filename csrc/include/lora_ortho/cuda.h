@@ -1,14 +1,18 @@
 /* The CUDA half of lora_ortho.h: the same merge on an NVIDIA GPU of compute capability 8.0 or later.
  *
  * Every function works on the current device and only enqueues work on the stream of its call: what
- * it returns is whether the arguments were in order and the launches accepted. Pointers to packed
- * factors, matrices, gains, outputs and workspaces are device memory; structs are host memory and
- * not needed after the call. A library built without CUDA has these functions too: each then returns
- * LORA_ORTHO_NO_CUDA. Capturing a stream into a graph works; nothing here allocates or waits.
+ * it returns is whether the arguments were in order and the launches accepted. Capturing a stream
+ * into a graph works; nothing here allocates or waits. A library built without CUDA has these
+ * functions too: each then returns LORA_ORTHO_NO_CUDA.
+ *
+ * Pointers to packed factors, gains, outputs and workspaces and the data of matrices are device
+ * memory, needed until the stream has done the work. Structs, ranks and thresholds are host memory:
+ * read at every call, not needed after it.
  *
  * Life of a merge: fill lora_ortho_factors (isa is ignored), ask lora_ortho_cuda_pack_bytes, pack
  * once, then pass the same factors with every call; lora_A and lora_B are read only by
  * lora_ortho_cuda_pack. dtype float32, bfloat16 or float16; factors may be any lora_ortho_dtype.
+ * Overlap, s and threads: as in lora_ortho.h. Calls on different streams are not ordered.
  */
 #ifndef LORA_ORTHO_CUDA_H
 #define LORA_ORTHO_CUDA_H

@@ -2,11 +2,18 @@
  *
  * The C interface of the library. No global state, no exceptions, no torch, no Python. Every
  * function returns a status and leaves its outputs untouched unless the status is LORA_ORTHO_OK.
- * Functions may be called from any number of threads at once.
  *
  * Life of a merge: fill lora_ortho_factors, ask lora_ortho_pack_bytes, pack once, then call
  * lora_ortho_forward and lora_ortho_backward as often as wanted. The masks are a pure function of
  * seed and coordinates (MASK_STREAM.md); nothing of size tokens x d_out is stored for them.
+ *
+ * Memory: all of it is the caller's. What lora_ortho_factors points to is copied by lora_ortho_pack
+ * and may be freed after it; what a call is given is not needed after the call. Outputs must not
+ * overlap inputs, each other or the workspace, with one exception: y may be base.
+ *
+ * Threads: any number of them may call any function at once, also on one packed buffer, which calls
+ * only read; each call needs outputs and a workspace of its own. A call runs on a team of OpenMP
+ * threads and returns when all is done.
  */
 #ifndef LORA_ORTHO_LORA_ORTHO_H
 #define LORA_ORTHO_LORA_ORTHO_H
@@ -90,14 +97,14 @@ typedef struct lora_ortho_matrix {
 typedef struct lora_ortho_factors {
     uint32_t struct_version;
     int32_t method;              /* lora_ortho_method */
-    int32_t dtype;               /* dtype of x, base, y and s */
+    int32_t dtype;               /* dtype of x, base, y and s; each of the factors may have another */
     int32_t isa;                 /* lora_ortho_isa */
     int32_t adapters;            /* K */
     int64_t d_in, d_out;
     const int64_t *ranks;        /* K */
     const uint32_t *thresholds;  /* K; T_j of MASK_STREAM.md; ignored for DIRECT */
-    const lora_ortho_matrix *lora_A; /* K matrices (ranks[j], d_in) */
-    const lora_ortho_matrix *lora_B; /* K matrices (d_out, ranks[j]) */
+    const lora_ortho_matrix *lora_A; /* K matrices (ranks[j], d_in), any dtypes */
+    const lora_ortho_matrix *lora_B; /* K matrices (d_out, ranks[j]), any dtypes */
 } lora_ortho_factors;
 
 /* What changes from call to call. */
@@ -141,8 +148,10 @@ LORA_ORTHO_API lora_ortho_status lora_ortho_pack(const lora_ortho_factors *facto
 
 /* y = base + sum_j gain_j m_j (.) (B_j s_j),  s_j = A_j x.
  *   x (tokens, d_in), base (tokens, d_out) or null for zeros: any strides, dtype of the factors
- *   y (tokens, d_out), s (tokens, sum r): contiguous. s is kept for the backward pass.
- * Accumulates in float32 (float64 for float64) and rounds once. y may be base. */
+ *   y (tokens, d_out), s (tokens, sum r): contiguous. s may not be null: the first step writes it,
+ *   the second reads it, and the backward pass reads it again.
+ * Accumulates in float32 (float64 for float64) and rounds once. y may be base: the same address,
+ * contiguous. It may not be x. */
 LORA_ORTHO_API lora_ortho_status lora_ortho_forward(const void *packed, size_t packed_bytes,
                                                     const lora_ortho_call *call,
                                                     const lora_ortho_matrix *x,
@@ -151,7 +160,7 @@ LORA_ORTHO_API lora_ortho_status lora_ortho_forward(const void *packed, size_t p
 /* Gradients from grad = dL/dy (tokens, d_out), any strides. Outputs may be null where not wanted:
  *   dx (tokens, d_in) contiguous, dtype of x;
  *   dA and dB: K contiguous blocks each, (r_j, d_in) and (d_out, r_j), one after another without
- *   gaps, in factor_dtype, summed in float32 (float64 for float64) and rounded once;
+ *   gaps, all in factor_dtype, summed in float32 (float64 for float64) and rounded once;
  *   dgains (K) = dL/d gain_j.
  * workspace: lora_ortho_backward_bytes bytes, aligned to LORA_ORTHO_ALIGNMENT. */
 LORA_ORTHO_API lora_ortho_status lora_ortho_backward_bytes(const void *packed, size_t packed_bytes,
