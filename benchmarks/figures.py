@@ -94,7 +94,7 @@ def ratio(data: Data, theme: Theme) -> Figure:
     figure, panels = plt.subplots(1, 2, figsize=(9.4, 0.37 * len(cases) + 1.35), sharey=True)
     found = [q for c in columns for s in ("forward", "backward") for q in c[s] if q]
     low = min(0.5, 0.9 * min(q[1] for q in found))
-    high = max(2.0, 1.1 * max(q[2] for q in found if q[2] < 8 * q[0]))
+    high = max([2.0, *(1.1 * (q[2] if q[2] < 8 * q[0] else q[0]) for q in found)])
     for axes, section, title in zip(
         panels, ("forward", "backward"), ("Forward", "Forward + backward"), strict=True
     ):

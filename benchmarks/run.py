@@ -7,6 +7,7 @@ cores, --quick about two. The exit status is 1 if a result was wrong.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import math
 import sys
@@ -169,14 +170,23 @@ def _check(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> No
         parser.error(f"--plot must end in .svg, .png or .pdf, got {plot}")
 
 
-def _check_free(arguments: argparse.Namespace) -> None:
-    """Raises ValueError where a file would be overwritten."""
+def _check_outputs(arguments: argparse.Namespace, todo: Sequence[Task], bench: Bench) -> None:
+    """Raises ValueError or ResultError for what could not be written after all the work."""
     path: Path | None = arguments.json
-    if path is not None and path.exists() and not (arguments.append or arguments.force):
-        raise ValueError(f"{path} exists; --append adds to it, --force replaces it")
+    if path is not None and path.exists():
+        if arguments.append:
+            record.join(record.load(path), record.empty(bench.device))
+        elif not arguments.force:
+            raise ValueError(f"{path} exists; --append adds to it, --force replaces it")
     plot: Path | None = arguments.plot
-    if plot is not None and plot.exists() and not arguments.force:
+    if plot is None:
+        return
+    if plot.exists() and not arguments.force:
         raise ValueError(f"{plot} exists; --force replaces it")
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ValueError("--plot needs matplotlib (pip install matplotlib)")
+    if not any(task.section in ("forward", "backward") for task in todo):
+        raise ValueError("--plot shows the sections forward and backward: neither is measured")
 
 
 def _backend(name: str | None) -> str:
@@ -203,7 +213,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     _check(parser, arguments)
     try:
-        _check_free(arguments)
         backend = _backend(arguments.backend)
         bench = Bench.of(backend, compiled=not arguments.quick)
         path: Path | None = arguments.json
@@ -214,15 +223,18 @@ def main(argv: Sequence[str] | None = None) -> int:
                 bench, arguments.quick, arguments.only, arguments.case, arguments.dtype
             )
         )
+        _check_outputs(arguments, todo, bench)
         if not arguments.quiet:
             words = f"{len(todo)} rows, backend {backend}, {torch.get_num_threads()} threads"
             print(words, file=sys.stderr)
         result = run(todo, bench, arguments.quick, arguments.quiet, arguments.budget)
-        result = _write(result, path, arguments)
+        result = _write(result, path, arguments.append)
+        print(json.dumps(result) if path == Path("-") else report(result))
+        if arguments.plot is not None:
+            _plot(result, arguments.plot)
     except (record.ResultError, ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    print(json.dumps(result) if path == Path("-") else report(result))
     hint = None if arguments.quiet else how_to_contribute(result["kind"])
     if hint is not None:
         print(hint, file=sys.stderr)
@@ -246,19 +258,21 @@ def how_to_contribute(kind: str) -> str | None:
     return f"no figures of this kind of machine are recorded yet ({kind}): {how}"
 
 
-def _write(result: Result, path: Path | None, arguments: argparse.Namespace) -> Result:
-    """Save what was asked for; the result with the rows that an old file had."""
+def _write(result: Result, path: Path | None, append: bool) -> Result:
+    """Save what was asked for; the result with its targets and the rows that an old file had."""
     file = None if path == Path("-") else path
-    if file is not None and arguments.append and file.exists():
+    if file is not None and append and file.exists():
         result = record.join(record.load(file), result)
     result = {**result, "targets": judged(result)}
     if file is not None:
         record.save(result, file)
-    if arguments.plot is not None:
-        from .figures import plot
-
-        plot(result, arguments.plot)
     return result
+
+
+def _plot(result: Result, path: Path) -> None:
+    from .figures import plot
+
+    plot(result, path)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -248,6 +249,33 @@ def test_existing_file_is_not_overwritten(
         "--append adds to it, --force replaces it", "--force replaces it",
     ]  # fmt: skip
     assert path.read_text() == "mine"
+
+
+def test_outputs_are_checked_before_the_work(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All of the targets' cases would take minutes; a status of 1 comes at once."""
+    other = tmp_path / "other.json"
+    record.save({**record.empty(), "kind": "cpu-other"}, other)
+    start = time.monotonic()
+    assert main(["--json", str(other), "--append"]) == 1
+    assert main(["--only", "memory", "--plot", str(tmp_path / "x.svg")]) == 1
+    assert time.monotonic() - start < 10
+    first, second = capsys.readouterr().err.splitlines()
+    assert "the results differ in kind: cpu-other" in first
+    assert "neither is measured" in second
+    assert [path.name for path in tmp_path.iterdir()] == ["other.json"]
+
+
+def test_a_plot_of_one_disturbed_row(tmp_path: Path) -> None:
+    """Its upper quartile is ten times its median."""
+    figures = pytest.importorskip("benchmarks.figures", reason="needs matplotlib")
+    q = {"median": 1.0, "q1": 0.9, "q3": 10.0, "count": 3}
+    row = {"case": str(SMALL), "dtype": "float32", "backend": "cpu", "ratios": {"ours/direct": q}}
+    result = record.empty()
+    result["kind"], result["forward"] = "cpu-here", [row]
+    figures.plot(result, tmp_path / "x.png")
+    assert (tmp_path / "x.png").stat().st_size > 1000
 
 
 def test_a_backend_that_does_not_work_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,39 +1,183 @@
-"""The code in README.md runs as it is written."""
+"""The README runs as it is written, and so does every command of every page."""
 
 from __future__ import annotations
 
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
-from adapter_files import small_model, write
+from native import ROOT
+from pages import blocks, commands, run_python, run_shell, shell
+from test_docs import DOCS, NEEDS
+from tiny_models import WORDS, language_model, save_adapter, save_language_model
 
-import lora_ortho
+from lora_ortho import backends
 
-README = Path(__file__).resolve().parent.parent / "README.md"
-BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+README = ROOT / "README.md"
+GENERATED = "api.md"  # signatures, from docstrings
+PAGES = [
+    README,
+    *sorted(page for page in DOCS.glob("*.md") if page.name != GENERATED),
+    ROOT / "benchmarks" / "README.md",
+    ROOT / "examples" / "README.md",
+]
+MERGE = """
+pipe_id = "base"
+texts = ["text.txt"]
+samples = 2
+[[loras]]
+file_path = "one"
+[[loras]]
+file_path = "two"
+"""
+# Only these rows of a benchmark, since all of them take minutes.
+SHORT = "--quick --case 24x64x160-3x4 --dtype float32 --only forward"
+ROW = "forward-512x768x3072-2x8-float32"
+FOLDER, SOURCES = "folder", "sources"  # of adapters; of the project
+# A command as it is written, where it is run, and what is run: itself, or what is given.
+RUN: dict[str, tuple[str, str]] = {
+    "lora-ortho inspect one two": (FOLDER, ""),
+    "lora-ortho merge merge.toml": (FOLDER, ""),
+    "lora-ortho merge merge.toml --export rows --method ortho_rows": (FOLDER, ""),
+    "lora-ortho merge": (FOLDER, "lora-ortho merge --help"),
+    "lora-ortho doctor": (FOLDER, ""),
+    "lora-ortho bench": (FOLDER, f"lora-ortho bench {SHORT}"),
+    "lora-ortho bench --help": (FOLDER, ""),
+    "lora-ortho bench --quick": (FOLDER, f"lora-ortho bench {SHORT}"),
+    "python -m lora_ortho": (FOLDER, "python -m lora_ortho --help"),
+    "python -m lora_ortho.plugins.mergekit": (
+        FOLDER,
+        "python -m lora_ortho.plugins.mergekit --help",
+    ),
+    "python -m benchmarks": (SOURCES, f"python -m benchmarks {SHORT}"),
+    "python -m benchmarks --quick": (SOURCES, f"python -m benchmarks {SHORT}"),
+    "python -m benchmarks --case 512x2048x2048-16x32 --dtype float32 --only forward": (SOURCES, ""),
+    "python -m benchmarks --json result.json --plot ratios.svg": (
+        SOURCES,
+        f'cd "$OUT"; for more in "" --force --append; do PYTHONPATH="$LORA_ORTHO" python -m '
+        f"benchmarks {SHORT} --json result.json $more; done; rm -f ratios.svg; "
+        f'PYTHONPATH="$LORA_ORTHO" python -m benchmarks {SHORT} --force --json result.json --plot '
+        "ratios.svg; test -s ratios.svg",
+    ),
+    "python -m benchmarks.table result.json": (
+        SOURCES,
+        "python -m benchmarks.table benchmarks/results/*.json",
+    ),
+    "python -m benchmarks.compare OLD NEW": (
+        SOURCES,
+        "set -- benchmarks/results/*.json; python -m benchmarks.compare $1 $1",
+    ),
+    "python -m benchmarks.compare OLD NEW --beyond 1.1": (
+        SOURCES,
+        "set -- benchmarks/results/*.json; python -m benchmarks.compare $1 $1 --beyond 1.1",
+    ),
+    "pytest benchmarks/ --quick": (SOURCES, f"pytest benchmarks/ --quick -q -k {ROW}"),
+    **{
+        f"make {target}": (SOURCES, f"make -n {target}")  # it is there; what it runs takes long
+        for target in ("demo", "test", "gpu", "results", "figures", "docs")
+    },
+}
+NOT_RUN = {
+    "cmake --preset release -DLORA_ORTHO_CUDA=ON && cmake --build --preset release": "compiles for "
+    "minutes and needs nvcc; cpp.md builds without CUDA kernels, tests/test_consumers.py installs",
+    "cmake --install build/release --prefix <prefix>": "the same",
+    "python tests/cuda_facts.py": "needs nvcc; tests/test_cuda_facts.py calls what it calls",
+    "python -m lora_ortho.triton_kernels.resources": "compiles 288 kernels for minutes; "
+    "tests/test_triton_compile.py calls what it calls",
+    "python -m benchmarks --save": "writes into the sources; tests/test_benchmarks.py runs it on a "
+    "copy of them",
+    "handle.set(sample=1)": "a block of that page runs it with the numbers of all samples",
+    "pip install": "the program's name in a sentence",
+    "find_package(lora_ortho)": "of CMake: a block of cpp.md has it",
+    "torch.addmm(base, x @ A.T, B.T)": "of torch: what a contender is, tests/test_benchmarks.py "
+    "runs it",
+    "torch.mm(..., out_dtype=torch.float32)": "of torch: what a kernel's products are",
+    'attach(model, ["one", "two"])': "a block of that page runs it",
+    "shrink   s = x Aᵀ                                   (tokens, d_in) × (Σr, d_in)": "a formula",
+    "shrink   out[m, r] = Σ_n mask(m, n) x[m, n] f[r, n]    s = x Aᵀ without masks; ds = (m ⊙ g) B "
+    "with": "a formula",
+    "```SmolLM2-135M-Instruct, 4 adapters on 120 layers, float32, 2 threads, seed 0": "what `make "
+    "demo` prints in three minutes; tests/test_demo.py runs the demo in small",
+}
 
 
-def test_readme_has_both_blocks() -> None:
-    assert len(BLOCKS) == 2
+def written() -> dict[str, list[str]]:
+    """Commands that no page's own test runs, by what is written; the pages that have them."""
+    found: dict[str, list[str]] = {}
+    for page in PAGES:
+        run_there = [
+            line
+            for block in blocks(page)
+            if page.parent == DOCS and page.stem in NEEDS and block.kind == "sh"
+            for line in block.text.splitlines()
+        ]
+        for command in commands(page):
+            if command not in run_there:
+                found.setdefault(command, []).append(page.name)
+    return found
 
 
-def test_one_layer() -> None:
+def test_every_command_is_run_or_has_a_reason() -> None:
+    found = written()
+    assert found.keys() - RUN.keys() - NOT_RUN.keys() == set(), "write down how it is run"
+    assert (RUN.keys() | NOT_RUN.keys()) - found.keys() == set(), "on no page any more"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What README.md and the commands name: a model and two adapters, a merge, a text."""
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    made = tmp_path_factory.mktemp("readme") / "work"
+    save_language_model(made / "base")
+    for seed, name in enumerate(["one", "two"], start=1):
+        save_adapter(made / name, language_model(), seed)
+    (made / "text.txt").write_text(" ".join(WORDS * 3), encoding="utf-8")
+    (made / "merge.toml").write_text(MERGE, encoding="utf-8")
+    return made
+
+
+@pytest.fixture(scope="module")
+def variables(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The environment of the commands."""
+    made = tmp_path_factory.mktemp("shell")
+    return {**shell(made / "tools"), "OUT": str(made)}
+
+
+@pytest.mark.parametrize("command", RUN)
+def test_command(command: str, folder: Path, variables: dict[str, str]) -> None:
+    where, instead = RUN[command]
+    if "bench" in command and "make" not in command and backends.available()["cpu"] is not None:
+        pytest.skip("the compiled CPU kernels are not installed")
+    if "mergekit" in command:
+        pytest.importorskip("mergekit", reason="mergekit is not installed")
+    if command.startswith("make") and shutil.which("make") is None:
+        pytest.skip("make is not installed")
+    cwd = folder if where == FOLDER else ROOT
+    assert run_shell(instead or command, variables, cwd, command)
+
+
+def test_readme_code(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    code = [block for block in blocks(README) if block.kind == "python"]
+    assert len(code) == 3
     names: dict[str, Any] = {}
-    exec(BLOCKS[0], names)
+    run_python(code[0], README, names)
     assert names["y"].shape == (2, 77, 4096)
     assert names["layer"].method == "direct"
+    assert len([line for line in code[0].text.splitlines() if line]) <= 10
+    bare = language_model()(torch.arange(8)[None]).logits
+    run_python(code[1], README, names)
+    assert not torch.allclose(names["first"], bare, atol=1e-3)
+    assert not torch.allclose(names["first"], names["second"], atol=1e-3)
+    assert torch.equal(names["model"](torch.arange(8)[None]).logits, bare)
+    assert (folder / "merged" / "adapter_model.safetensors").is_file()
+    run_python(code[2], README, names)
+    assert not torch.allclose(names["merged"], bare, atol=1e-3)
 
 
-def test_whole_model(tmp_path: Path) -> None:
-    model = small_model()
-    model.forward = lambda x: model.b.c(model.a(x))  # type: ignore[operator, union-attr]
-    folders = [write(tmp_path / "one"), write(tmp_path / "two")]
-    x = torch.randn(3, 3)
-    bare = model(x)
-    names: dict[str, Any] = {"lora_ortho": lora_ortho, "model": model, "folders": folders, "x": x}
-    exec(BLOCKS[1], names)
-    assert names["y"].shape == (3, 5)
-    assert not torch.equal(names["y"], bare)
-    assert torch.equal(model(x), bare)
+def test_readme_links_lead_somewhere() -> None:
+    for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", README.read_text(encoding="utf-8")):
+        assert (ROOT / target).exists(), target
