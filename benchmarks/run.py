@@ -40,29 +40,43 @@ def run(
 ) -> Result:
     """Measure rows one after the other, with progress; a row that fails does not end the run.
 
+    An interrupt does; the rows before it are in the result, which then says "interrupted".
+
     Args:
         budget: seconds after which no further row is begun.
     """
     result, start = record.empty(bench.device), time.perf_counter()
-    for number, task in enumerate(todo, 1):
-        if time.perf_counter() - start > budget:
-            left = len(todo) - number + 1
-            print(f"{budget:.0f} s are over: {left} rows were not measured", file=sys.stderr)
-            break
-        if not quiet:
-            print(f"[{number}/{len(todo)}] {task}", end=" ", file=sys.stderr, flush=True)
-        try:
-            rows = tasks.perform(task, bench, quick)
-        except Exception as error:
-            first = (str(error).strip() or "no reason given").splitlines()[0]
-            reason = f"failed: {type(error).__name__}: {first}"
-            rows = [{**task.head(bench.backend), "refused": {"row": reason}}]
-        result[task.section].extend(rows)
-        if not quiet:
-            seconds = time.perf_counter() - start
-            words = "; ".join(filter(None, map(short, rows)))
-            print(f"{words} ({seconds:.0f} s)", file=sys.stderr, flush=True)
+    done = 0
+    try:
+        for number, task in enumerate(todo, 1):
+            if time.perf_counter() - start > budget:
+                left = len(todo) - number + 1
+                print(f"{budget:.0f} s are over: {left} rows were not measured", file=sys.stderr)
+                break
+            if not quiet:
+                print(f"[{number}/{len(todo)}] {task}", end=" ", file=sys.stderr, flush=True)
+            rows = _rows(task, bench, quick)
+            result[task.section].extend(rows)
+            done = number
+            if not quiet:
+                seconds = time.perf_counter() - start
+                words = "; ".join(filter(None, map(short, rows)))
+                print(f"{words} ({seconds:.0f} s)", file=sys.stderr, flush=True)
+    except KeyboardInterrupt:
+        left = len(todo) - done
+        print(f"\nerror: interrupted: {left} rows were not measured", file=sys.stderr)
+        result["interrupted"] = True
     return result
+
+
+def _rows(task: Task, bench: Bench, quick: bool) -> list[Row]:
+    """The rows of a task; where it fails, one that says why."""
+    try:
+        return tasks.perform(task, bench, quick)
+    except Exception as error:
+        first = (str(error).strip() or "no reason given").splitlines()[0]
+        reason = f"failed: {type(error).__name__}: {first}"
+        return [{**task.head(bench.backend), "refused": {"row": reason}}]
 
 
 def short(row: Row) -> str:
@@ -206,7 +220,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     Args:
         argv: the command line's words; those of this process unless given.
     Returns:
-        0; 1 if a backend does not work, a file cannot be used or a result was wrong. Raises
+        0; 1 if a backend does not work, a file cannot be used, a result was wrong or the run was
+        interrupted; its rows are then printed and saved, but for --save. Raises
         SystemExit with 2 on wrong usage.
     """
     parser = _parser()
@@ -228,6 +243,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             words = f"{len(todo)} rows, backend {backend}, {torch.get_num_threads()} threads"
             print(words, file=sys.stderr)
         result = run(todo, bench, arguments.quick, arguments.quiet, arguments.budget)
+        stopped = "interrupted" in result
+        if stopped and arguments.save:
+            path = None  # what was recorded before is whole
         result = _write(result, path, arguments.append)
         print(json.dumps(result) if path == Path("-") else report(result))
         if arguments.plot is not None:
@@ -235,13 +253,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (record.ResultError, ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    hint = None if arguments.quiet else how_to_contribute(result["kind"])
+    hint = None if arguments.quiet or stopped else how_to_contribute(result["kind"])
     if hint is not None:
         print(hint, file=sys.stderr)
     wrong = failures(result)
     for line in wrong:
         print(f"error: {line}", file=sys.stderr)
-    return 1 if wrong else 0
+    return 1 if wrong or stopped else 0
 
 
 def how_to_contribute(kind: str) -> str | None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -204,15 +206,28 @@ def test_progress_waits_a_second_and_can_be_stopped(
     assert captured.out == ""
 
 
-def test_interrupt_leaves_no_traceback(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def interrupted() -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("lora_ortho.cli.doctor.diagnose", interrupted)
-    assert main(["doctor"]) == 1
-    assert "interrupted" in capsys.readouterr().err
+def test_interrupt_leaves_no_traceback(tmp_path: Path) -> None:
+    """A process that looks at thousands of layers, and says so after a second."""
+    factors = {}
+    for layer in range(4000):
+        for side in "AB":
+            shape = (4, 64) if side == "A" else (64, 4)
+            factors[f"unet.layer{layer}.lora_{side}.weight"] = torch.randn(shape)
+    for name in ("one", "two"):
+        save_file(factors, tmp_path / f"{name}.safetensors")
+    words = [sys.executable, "-m", "lora_ortho", "inspect"]
+    words += [str(tmp_path / f"{name}.safetensors") for name in ("one", "two")]
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    late = threading.Timer(120, process.kill)
+    late.start()
+    assert process.stderr is not None
+    assert process.stderr.readline().startswith("[")
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    late.cancel()
+    assert (process.returncode, out) == (1, "")
+    assert err.splitlines()[-1] == "lora-ortho: interrupted; nothing half-written was left"
+    assert "Traceback" not in err
 
 
 def test_a_closed_pipe_is_no_traceback(folders: list[str]) -> None:

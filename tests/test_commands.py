@@ -6,8 +6,10 @@ import functools
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -246,3 +248,31 @@ def test_bench_on_a_processor_without_figures_says_how_to_give_them() -> None:
     if (ROOT / "benchmarks" / "results" / name).exists():
         pytest.skip(f"figures of {result['kind']} are recorded")
     assert f"`python -m benchmarks --save` writes benchmarks/results/{name}" in done.err
+
+
+def test_bench_keeps_what_it_measured_when_it_is_interrupted(tmp_path: Path) -> None:
+    if lora_ortho.backends.available()["cpu"] is not None:
+        pytest.skip("the compiled CPU kernels are not installed")
+    path = tmp_path / "result.json"
+    case = "--case 24x64x160-3x4 " * 2000
+    words = f"bench --quick {case} --dtype float32 --only forward --json {path}".split()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "lora_ortho", *words], stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    late = threading.Timer(120, process.kill)
+    late.start()
+    assert process.stderr is not None
+    seen = next((line for line in process.stderr if line.startswith("[2/2000]")), None)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    late.cancel()
+    assert seen is not None
+    assert process.returncode == 1
+    assert "| forward ÷ direct" in out
+    line = err.splitlines()[-1]
+    assert line.startswith("error: interrupted: ")
+    result = json.loads(path.read_text(encoding="utf-8"))
+    assert result["interrupted"] is True
+    assert len(result["forward"]) >= 2
+    assert line == f"error: interrupted: {2000 - len(result['forward'])} rows were not measured"

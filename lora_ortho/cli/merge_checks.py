@@ -10,7 +10,7 @@ import torch
 
 from lora_ortho import backends
 from lora_ortho.adapters import load_adapter
-from lora_ortho.adapters.tensor_file import read_header
+from lora_ortho.adapters.tensor_file import open_regular, read_header
 from lora_ortho.mask_stream import UNIT, thresholds
 from lora_ortho.problem import Problem
 
@@ -72,7 +72,8 @@ def read_text(config: MergeConfig, name: str) -> str:
     if path is None:
         raise CliError(f"texts: there is no file {name}")
     try:
-        return path.read_text(encoding="utf-8")
+        with open_regular(path) as file:
+            return file.read().decode("utf-8")
     except UnicodeDecodeError as error:
         raise CliError(f"texts: {name} is not UTF-8: {error}") from error
 
