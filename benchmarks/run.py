@@ -64,7 +64,8 @@ def run(
                 print(f"{words} ({seconds:.0f} s)", file=sys.stderr, flush=True)
     except KeyboardInterrupt:
         left = len(todo) - done
-        print(f"\nerror: interrupted: {left} rows were not measured", file=sys.stderr)
+        end = "" if quiet else "\n"  # of the line of progress
+        print(f"{end}error: interrupted: {left} rows were not measured", file=sys.stderr)
         result["interrupted"] = True
     return result
 

@@ -7,6 +7,7 @@ import math
 import os
 import sys
 import tempfile
+import threading
 import time
 from argparse import ArgumentParser
 from collections.abc import Callable, Mapping, Sequence
@@ -36,22 +37,52 @@ def in_words_of(error: BaseException, option: str) -> str:
 class Progress:
     """Lines on standard error: what is done now, with the seconds since the start.
 
-    Silent for the first second, and with --quiet throughout.
+    Silent for the first second, and with --quiet throughout. A step that lasts is shown though no
+    other follows it: a timer says what is pending, until the end of the `with` block.
     """
 
-    def __init__(self, quiet: bool, steps: int | None = None) -> None:
-        self.quiet, self.steps, self.done = quiet, steps, 0
-        self.start = self.said = time.monotonic()
+    def __init__(self, quiet: bool) -> None:
+        self.quiet = quiet
+        self._start = self._said = time.monotonic()
+        self._pending: str | None = None
+        self._timer: threading.Timer | None = None
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._pending = None
+            if self._timer is not None:
+                self._timer.cancel()
 
     def __call__(self, text: str) -> None:
         """One more step is beginning."""
-        self.done += 1
-        now = time.monotonic()
-        if self.quiet or now - self.start < _QUIET_SECONDS or now - self.said < _QUIET_SECONDS / 4:
+        if self.quiet:
             return
-        self.said = now
-        count = f"{self.done}/{self.steps}, " if self.steps else ""
-        print(f"[{count}{now - self.start:.0f} s] {text}", file=sys.stderr, flush=True)
+        with self._lock:
+            self._pending = text
+            due = max(self._start + _QUIET_SECONDS, self._said + _QUIET_SECONDS / 4)
+            wait = due - time.monotonic()
+            if wait > 0:
+                if self._timer is None or not self._timer.is_alive():
+                    self._timer = threading.Timer(wait, self._say_in_time)
+                    self._timer.daemon = True
+                    self._timer.start()
+                return
+            self._say()
+
+    def _say_in_time(self) -> None:
+        with self._lock:
+            self._say()
+
+    def _say(self) -> None:
+        if self._pending is None:
+            return
+        self._said = time.monotonic()
+        print(f"[{self._said - self._start:.0f} s] {self._pending}", file=sys.stderr, flush=True)
+        self._pending = None
 
 
 def add_common(parser: ArgumentParser) -> None:

@@ -24,8 +24,9 @@ def add_parser(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Exit status 0 if every backend that works here passed its check."""
-    Progress(args.quiet)("checking the backends")
-    found = diagnose()
+    with Progress(args.quiet) as progress:
+        progress("checking the backends")
+        found = diagnose()
     print(
         to_json({"lora_ortho": lora_ortho.__version__, **vars(found)})
         if args.json

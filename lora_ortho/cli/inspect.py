@@ -70,12 +70,13 @@ def run(args: argparse.Namespace) -> int:
     if args.plot is not None:
         check_free(args.plot, args.force)
         from .heat_map import draw  # an error about matplotlib comes before the work
-    progress = Progress(args.quiet)
-    adapters = _load(args.paths, args.model, progress)
-    inputs = dict(_read_inputs(text) for text in args.inputs)
-    report = inspect(adapters, p=args.p, inputs=inputs, step=progress)
-    if args.plot is not None:
-        write_whole(args.plot, lambda path: draw(report, path))
+    with Progress(args.quiet) as progress:
+        adapters = _load(args.paths, args.model, progress)
+        inputs = dict(_read_inputs(text) for text in args.inputs)
+        report = inspect(adapters, p=args.p, inputs=inputs, step=progress)
+        if args.plot is not None:
+            progress("drawing")
+            write_whole(args.plot, lambda path: draw(report, path))
     print(to_json(report) if args.json else as_text(report, args.layers))
     return 1 if report.problems else 0
 

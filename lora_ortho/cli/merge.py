@@ -11,7 +11,7 @@ from lora_ortho.adapters import AdapterFileError
 from .console import CliError, Progress, add_common, in_words_of, to_json
 from .merge_checks import check_config
 from .merge_config import MergeConfig, read_config
-from .merge_results import Unfinished, check_results, keep, write_results
+from .merge_results import Made, Unfinished, check_results, keep, write_results
 
 
 def add_parser(commands: Any) -> None:
@@ -54,9 +54,16 @@ def add_parser(commands: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Exit status 0; failures are exceptions."""
     config = read_config(args.config)
-    progress = Progress(args.quiet)
-    if args.export is not None:
-        return _export(args, config, progress)
+    with Progress(args.quiet) as progress:
+        if args.export is not None:
+            return _export(args, config, progress)
+        made = _compare(args, config, progress)
+    print(to_json(made.result) if args.json else made.text)
+    return 0
+
+
+def _compare(args: argparse.Namespace, config: MergeConfig, progress: Progress) -> Made:
+    """The comparison, which is in its folder then."""
     kind = model_kind(config)
     name = config.save_folder_name or args.config.stem
     out = args.out if args.out is not None else None if kind == "language" else Path(name)
@@ -76,8 +83,7 @@ def run(args: argparse.Namespace) -> int:
         raise CliError(line) from stop
     if out is not None:
         write_results(out, made)
-    print(to_json(made.result) if args.json else made.text)
-    return 0
+    return made
 
 
 def model_kind(config: MergeConfig) -> str:
