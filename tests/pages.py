@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import doctest
 import os
@@ -99,7 +100,7 @@ _PROGRAMS = r"(lora-ortho|python3?|make|pytest|pip|cmake|ctest|pkg-config|nvcc)"
 
 
 def commands(page: Path) -> list[str]:
-    """Every line of its sh and indented blocks, and every command or call in its prose.
+    """Every line of its sh and indented blocks, and every command in its prose.
 
     Comments are left out. An indented block that begins with no program is one entry, by its first
     line.
@@ -107,16 +108,27 @@ def commands(page: Path) -> list[str]:
     text = page.read_text(encoding="utf-8")
     found = [line for block in blocks(page) if block.kind == "sh" for line in _lines(block.text)]
     found += [f"```{block.text.splitlines()[0]}" for block in blocks(page) if not block.kind]
-    prose = FENCE.sub("", text)
-    for match in INDENTED.finditer(prose):
+    for match in INDENTED.finditer(FENCE.sub("", text)):
         lines = _lines(match[0])
         found += lines if re.match(rf"{_PROGRAMS}\b", lines[0]) else lines[:1]
-    prose = INDENTED.sub("", prose)
-    for span in re.findall(r"`([^`]+)`", prose):
-        words = " ".join(span.split())
-        if re.match(rf"{_PROGRAMS} ", words) or re.search(r"\w\([^)]", words):
-            found.append(words)
+    found += [words for words in spans(page) if re.match(rf"{_PROGRAMS} ", words)]
     return list(dict.fromkeys(found))
+
+
+def spans(page: Path) -> list[str]:
+    """What stands between backquotes in the prose of a page."""
+    prose = INDENTED.sub("", FENCE.sub("", page.read_text(encoding="utf-8")))
+    return [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", prose)]
+
+
+def call(words: str) -> ast.Call | None:
+    """A call with arguments as Python reads it; None for anything else."""
+    try:
+        parsed = ast.parse(words, mode="eval").body
+    except SyntaxError:
+        return None
+    has_arguments = isinstance(parsed, ast.Call) and bool(parsed.args or parsed.keywords)
+    return parsed if isinstance(parsed, ast.Call) and has_arguments else None
 
 
 def _lines(text: str) -> list[str]:

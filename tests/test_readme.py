@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
 import re
 import shutil
 from pathlib import Path
@@ -10,10 +12,11 @@ from typing import Any
 import pytest
 import torch
 from native import ROOT
-from pages import blocks, commands, run_python, run_shell, shell
+from pages import blocks, call, commands, run_python, run_shell, shell, spans
 from test_docs import DOCS, NEEDS
 from tiny_models import WORDS, language_model, save_adapter, save_language_model
 
+import lora_ortho
 from lora_ortho import backends
 
 README = ROOT / "README.md"
@@ -75,10 +78,6 @@ RUN: dict[str, tuple[str, str]] = {
         "set -- benchmarks/results/*.json; python -m benchmarks.compare $1 $1 --beyond 1.1",
     ),
     "pytest benchmarks/ --quick": (SOURCES, f"pytest benchmarks/ --quick -q -k {ROW}"),
-    **{
-        f"make {target}": (SOURCES, f"make -n {target}")  # it is there; what it runs takes long
-        for target in ("demo", "test", "gpu", "results", "figures", "docs")
-    },
 }
 NOT_RUN = {
     "cmake --preset release -DLORA_ORTHO_CUDA=ON && cmake --build --preset release": "compiles for "
@@ -89,18 +88,18 @@ NOT_RUN = {
     "tests/test_triton_compile.py calls what it calls",
     "python -m benchmarks --save": "writes into the sources; tests/test_benchmarks.py runs it on a "
     "copy of them",
-    "handle.set(sample=1)": "a block of that page runs it with the numbers of all samples",
-    "pip install": "the program's name in a sentence",
-    "find_package(lora_ortho)": "of CMake: a block of cpp.md has it",
-    "torch.addmm(base, x @ A.T, B.T)": "of torch: what a contender is, tests/test_benchmarks.py "
-    "runs it",
-    "torch.mm(..., out_dtype=torch.float32)": "of torch: what a kernel's products are",
-    'attach(model, ["one", "two"])': "a block of that page runs it",
     "shrink   s = x Aᵀ                                   (tokens, d_in) × (Σr, d_in)": "a formula",
     "shrink   out[m, r] = Σ_n mask(m, n) x[m, n] f[r, n]    s = x Aᵀ without masks; ds = (m ⊙ g) B "
     "with": "a formula",
     "```SmolLM2-135M-Instruct, 4 adapters on 120 layers, float32, 2 threads, seed 0": "what `make "
     "demo` prints in three minutes; tests/test_demo.py runs the demo in small",
+}
+
+# The same for all commands that begin so.
+FAMILIES = {
+    "make ": "takes minutes and downloads; that there is such a target is tested below",
+    "pip install": "installs from the network; tests of packaging install",
+    "export PIP_": "the same",
 }
 
 
@@ -121,9 +120,33 @@ def written() -> dict[str, list[str]]:
 
 
 def test_every_command_is_run_or_has_a_reason() -> None:
-    found = written()
+    found = {c: pages for c, pages in written().items() if not c.startswith(tuple(FAMILIES))}
     assert found.keys() - RUN.keys() - NOT_RUN.keys() == set(), "write down how it is run"
     assert (RUN.keys() | NOT_RUN.keys()) - found.keys() == set(), "on no page any more"
+
+
+def test_every_target_of_make_is_there(variables: dict[str, str]) -> None:
+    if shutil.which("make") is None:
+        pytest.skip("make is not installed")
+    targets = {command for command in written() if command.startswith("make ")}
+    assert {"make demo", "make test", "make results"} <= targets
+    for command in sorted(targets):
+        assert run_shell(command.replace("make", "make -n", 1), variables, ROOT, command)
+
+
+def test_calls_in_prose_fit_the_signatures() -> None:
+    """Those of public functions: `lora_ortho.export(…)`, or `export(…)`."""
+    checked = []
+    for page in PAGES:
+        for words in spans(page):
+            found = call(words)
+            name = "" if found is None else ast.unparse(found.func).removeprefix("lora_ortho.")
+            if found is None or name not in lora_ortho.__all__:
+                continue
+            given = {keyword.arg: None for keyword in found.keywords if keyword.arg}
+            inspect.signature(getattr(lora_ortho, name)).bind_partial(*found.args, **given)
+            checked.append(words)
+    assert checked
 
 
 @pytest.fixture(scope="module")
@@ -149,12 +172,10 @@ def variables(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 @pytest.mark.parametrize("command", RUN)
 def test_command(command: str, folder: Path, variables: dict[str, str]) -> None:
     where, instead = RUN[command]
-    if "bench" in command and "make" not in command and backends.available()["cpu"] is not None:
+    if "bench" in command and backends.available()["cpu"] is not None:
         pytest.skip("the compiled CPU kernels are not installed")
     if "mergekit" in command:
         pytest.importorskip("mergekit", reason="mergekit is not installed")
-    if command.startswith("make") and shutil.which("make") is None:
-        pytest.skip("make is not installed")
     cwd = folder if where == FOLDER else ROOT
     assert run_shell(instead or command, variables, cwd, command)
 
