@@ -199,6 +199,13 @@ def test_rates_are_refused_before_the_pipeline_is_loaded(
         (line,) = capsys.readouterr().err.splitlines()
         assert message in line
         assert not out.exists()
+    export = ["merge", str(file), "--export", str(out), "--quiet", "--method"]
+    file.write_text(text.replace('"two.safe', '"four.safe'), encoding="utf-8")
+    for method, message in (("ortho_rows", "layer unet.down_blocks.1"), ("ties", 'be "direct"')):
+        assert main([*export, method]) == 1
+        (line,) = capsys.readouterr().err.splitlines()
+        assert message in line
+        assert not out.exists()
 
 
 def test_weight_0_leaves_an_adapter_out(

@@ -87,10 +87,11 @@ RUNS = {
     "inspect one two --model base --plot {out}/map.svg --force --json --quiet": ("map.svg",),
     "merge merge.toml --out {out}/made": ("made/comparison.json", "made/comparison.txt"),
     "merge merge.toml --out {out}/made --force --json --quiet": ("made/comparison.json",),
-    "merge merge.toml --export {out}/saved --method ortho_rows --rank 3 --json": (
+    "merge merge.toml --export {out}/saved --method ortho_rows --mixed-ranks --json": (
         "saved/adapter_model.safetensors",
         "saved/adapter_config.json",
     ),
+    "merge merge.toml --export {out}/saved --rank 3 --force": ("saved/adapter_config.json",),
     f"{BENCH} --json {{out}}/r.json --append --budget 60 --quiet": ("r.json",),
     f"{BENCH} --json {{out}}/r --plot {{out}}/r.svg --backend cpu --force": ("r", "r.svg"),
 }

@@ -9,7 +9,7 @@ from typing import Any
 from lora_ortho.adapters import AdapterFileError
 
 from .console import CliError, Progress, add_common, in_words_of, to_json
-from .merge_checks import check_config
+from .merge_checks import check_config, check_export
 from .merge_config import MergeConfig, read_config
 from .merge_results import Made, Unfinished, check_results, keep, write_results
 
@@ -117,6 +117,7 @@ def _export(args: argparse.Namespace, config: MergeConfig, progress: Progress) -
 
     if args.export.exists() and not args.force:
         raise CliError(f"{args.export} exists; --force replaces it")
+    check_export(config, args.method)
     # Single files may have names that only the model resolves; a PEFT folder has the layers' own.
     single = not all(config.adapter_path(lora).is_dir() for lora in config.loras)
     model = load_base(config, progress) if single and config.pipe_id is not None else None

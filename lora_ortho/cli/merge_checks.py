@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from lora_ortho import backends
-from lora_ortho.adapters import load_adapter
+from lora_ortho.adapters import fold, load_adapter
 from lora_ortho.adapters.tensor_file import open_regular, read_header
 from lora_ortho.mask_stream import UNIT, thresholds
 from lora_ortho.problem import Problem
@@ -44,7 +44,16 @@ def check_config(config: MergeConfig, kind: str, progress: Progress) -> None:
     for lora in (config.loras[j] for j in config.on):
         progress(f"looking at {lora.adapter_name}")
         layers[str(lora.adapter_name)] = _layers(config, lora, kind)
-    _check_rates(config, layers)
+    _check_rates(config, layers, config.methods)
+
+
+def check_export(config: MergeConfig, method: str) -> None:
+    """What an export can be refused for without the model; raises as `check_config`."""
+    if method not in fold.METHODS:
+        fold.fold(method, ())  # raises, and says which are weights
+    layers = {config.names[j]: _layers(config, config.loras[j], "language") for j in config.on}
+    if method == "ortho_rows":
+        _check_rates(config, layers, ("orthogonal",))
 
 
 def device_of(config: MergeConfig) -> torch.device:
@@ -104,7 +113,9 @@ def file_layers(path: Path) -> set[str]:
     return {_LEAF.sub("", key) for key in read_header(path)}
 
 
-def _check_rates(config: MergeConfig, layers: Mapping[str, set[str]]) -> None:
+def _check_rates(
+    config: MergeConfig, layers: Mapping[str, set[str]], methods: Sequence[str]
+) -> None:
     """Every method must admit the rates of the adapters that meet in a layer."""
     if config.p is None:
         return
@@ -113,7 +124,7 @@ def _check_rates(config: MergeConfig, layers: Mapping[str, set[str]]) -> None:
     for layer in sorted(set().union(*layers.values())):
         groups.setdefault(tuple(name for name in layers if layer in layers[name]), layer)
     for names, layer in groups.items():
-        for method in config.methods:
+        for method in methods:
             _check_layer(layer, [rates[name] for name in names], method)
 
 
