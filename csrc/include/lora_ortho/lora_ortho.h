@@ -140,7 +140,8 @@ LORA_ORTHO_API lora_ortho_status lora_ortho_draws(uint64_t seed, int64_t row0, i
                                                   uint16_t *out);
 
 /* Packs factors into a buffer of the size asked for, aligned to LORA_ORTHO_ALIGNMENT. The buffer may
- * be moved or copied to another such buffer, not to another machine. */
+ * be moved or copied to another such buffer, not to another machine. Large factors are packed by as many
+ * threads as OpenMP gives. */
 LORA_ORTHO_API lora_ortho_status lora_ortho_pack_bytes(const lora_ortho_factors *factors,
                                                        size_t *bytes);
 LORA_ORTHO_API lora_ortho_status lora_ortho_pack(const lora_ortho_factors *factors, void *packed,
