@@ -126,6 +126,7 @@ def support() -> str:
     from lora_ortho.adapters import (
         converters,
         image_file,
+        parents,
         peft_config,
         peft_folder,
         peft_layers,
@@ -160,8 +161,33 @@ def support() -> str:
         f'is an error, or with `on_unsupported="skip"` left to PEFT and reported as {skipped}.',
         _table(("layer of PEFT", "served as", "note"), layers),
         "Refused besides, whatever the layer: variants of LoRA (DoRA and others, by "
-        "`lora_variant`), merged layers, hooks on the adapter's own layers, convolutions with "
-        "groups.",
+        "`lora_variant`), merged layers, convolutions with groups, a forward that somebody put on "
+        "the layer itself (hooks of accelerate are served).",
+        "## Layers that their parent does not call",
+        "These parents read the weights of a layer, so an adapter there would do nothing, with "
+        "PEFT as well: `attach` and `inject` refuse or skip it. Any other layer that no forward "
+        "pass reaches is `not reached` in the report once one has ended; inside of what "
+        "torch.compile runs with gradients that is not seen.",
+        _table(
+            ("parent", "its layers", "when"),
+            [
+                (
+                    f"`{name}`",
+                    ", ".join(f"`{child}`" for child in reader.children),
+                    reader.when,
+                )
+                for name, reader in sorted(parents.READERS.items())
+                if reader.children
+            ]
+            + [
+                (
+                    "attention of diffusers",
+                    ", ".join(map("`{}`".format, children)),
+                    f"where it has `{fused}` (`fuse_qkv_projections`)",
+                )
+                for fused, children in parents.FUSED.items()
+            ],
+        ),
         "## Adapter files",
         f"Tensors of {dtypes}, each finite; the header is checked before anything is allocated; "
         "pickles are never loaded; a key that has no place is refused. The name of the adapter may "

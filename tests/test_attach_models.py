@@ -11,6 +11,7 @@ from models import NAMES, SUBJECTS, Subject, adapted, library
 from torch import Tensor, nn
 
 import lora_ortho
+from lora_ortho.adapters.convolution import selectors
 
 THREE = ("plain", "rslora", "offset")
 
@@ -225,3 +226,35 @@ def test_pipeline() -> None:
     assert torch.equal(subject.run(pipe.unet), other)
     streams = [entry.stream for entry in handle.report]
     assert len(set(streams)) == len(streams)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("how", ["attach", "inject"])
+def test_exported_and_traced(how: str) -> None:
+    """A program of torch.export and a trace give the same; the model itself works afterwards."""
+    from peft_models import X, make
+
+    model: Any = make(r=7 if how == "attach" else 9)  # ranks that nothing was made for before
+    if how == "attach":
+        handle: Any = lora_ortho.attach(model, seed=1)
+    else:
+        loaded = lora_ortho.adapters.adapters_of(model)
+        model = model.unload()
+        handle = lora_ortho.inject(model, loaded, seed=1)
+    with handle:
+        programs = [torch.export.export(model, (X,), strict=strict) for strict in (False, True)]
+        trace: Any = torch.jit.trace
+        traced = trace(model, X, check_trace=False)
+        expected = model(X)
+        for found in (*(program.module() for program in programs), traced):
+            assert torch.equal(found(X), expected)
+
+
+def test_what_is_made_while_tracing_is_not_kept() -> None:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    sizes = ((2, 5), torch.float32, torch.device("cpu"))
+    with FakeTensorMode():
+        assert type(selectors(*sizes)[0]) is not Tensor
+    assert type(selectors(*sizes)[0]) is Tensor
+    assert selectors(*sizes) is selectors(*sizes)

@@ -13,8 +13,10 @@ from lora_ortho import backends
 from lora_ortho.mask_stream import SAMPLE_LIMIT, check_in_range, check_seed
 from lora_ortho.problem import finite_numbers
 
-from . import peft_layers
+from . import injected, peft_layers
+from .attention_scale import ScaleHook
 from .components import Named, components
+from .passes import FirstPass, Mark, Passes, remove_hooks
 from .peft_checks import (
     layer_problems,
     merged_on,
@@ -22,6 +24,7 @@ from .peft_checks import (
     pick,
     raise_problems,
     tuner_layers,
+    uncalled_problems,
     warn_of_changed_bases,
 )
 from .peft_layers import LayerMerge, Shared
@@ -47,9 +50,14 @@ class Attachment(Handle):
         shared: Shared,
         activated: list[tuple[Any, Any]],
     ) -> None:
+        marked: dict[str, tuple[nn.Module, Mark]] = {}
+        for name, layer in layers.items():
+            merge = peft_layers.of(layer)
+            if merge is not None:
+                marked[name] = (layer, merge.mark)
+        super().__init__(report, Passes(components(model), marked))
         self.model = model
         self.layers: Mapping[str, nn.Module] = MappingProxyType(dict(layers))
-        self.report = tuple(sorted(report, key=lambda entry: entry.name))
         self._shared = shared
         self._activated = activated  # layers, and what was active on them before
 
@@ -104,7 +112,8 @@ class Attachment(Handle):
                 yield layer, merge
 
     def detach(self) -> None:
-        """Gives every layer its own class back; a second call does nothing."""
+        """Gives every layer its own forward back; a second call does nothing."""
+        self._passes.remove()
         for layer, _ in self._merges():
             peft_layers.take(layer)
         for layer, before in self._activated:
@@ -163,6 +172,9 @@ def attach(
     rates, merge_weights = _by_adapter("p", p, order), _by_adapter("weights", weights, order)
     shared = Shared(order, rates, merge_weights, method, seed, 0, backend, bool(keep_zero_weights))
     problems = [*model_problems(model, order), *layer_problems(layers, order, activate)]
+    known = {id(problem.entry.module) for problem in problems}
+    idle = uncalled_problems(model, layers, order, activate)
+    problems += [problem for problem in idle if id(problem.entry.module) not in known]
     if on_unsupported == "error":
         raise_problems([problem for problem in problems if problem.adapters])
     left_out = {id(problem.entry.module) for problem in problems}
@@ -186,19 +198,26 @@ def attach(
 
 
 def detach(model: Any) -> int:
-    """Detaches every attached layer of a model, also of a copy of one; returns how many.
+    """Takes out what `attach` and `inject` put into a model, or into what it is a copy of.
 
     Adapters that `attach` made active stay so; a handle's own `detach` puts that back too.
+
+    Returns:
+        How many layers it was in.
 
     Raises:
         TypeError: model is no torch module and no pipeline.
     """
     roots = components(model).values()
     modules = {id(module): module for root in roots for module in root.modules()}
+    remove_hooks(modules.values(), (FirstPass, ScaleHook))
     attached = [module for module in modules.values() if peft_layers.of(module) is not None]
     for layer in attached:
         peft_layers.take(layer)
-    return len(attached)
+    adapters = [found for module in modules.values() if (found := injected.of(module)) is not None]
+    for found in adapters:
+        found.take()
+    return len(attached) + len(adapters)
 
 
 def _activate(layers: Sequence[Named], order: Sequence[str]) -> list[tuple[Any, Any]]:

@@ -13,7 +13,7 @@ from lora_ortho.module import Adapter, FusedOrthoLoRALinear
 
 from . import peft_layers
 from .attach import Attachment
-from .components import components
+from .components import components, is_pipeline
 from .inject import Injection
 from .loaded import LoadedAdapter, checked_adapters
 from .merge import adapters_of
@@ -78,7 +78,7 @@ def resolve(
 
 def is_model(source: object) -> bool:
     """True for a torch module and for a pipeline."""
-    return isinstance(source, nn.Module) or hasattr(source, "_lora_loadable_modules")
+    return isinstance(source, nn.Module) or is_pipeline(source)
 
 
 def _of_model(

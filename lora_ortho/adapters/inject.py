@@ -11,17 +11,18 @@ from typing import Any
 from torch import nn
 
 from lora_ortho.mixing import Mix
-from lora_ortho.module import Adapter, FusedOrthoLoRALinear
+from lora_ortho.module import Adapter
 from lora_ortho.problem import finite_numbers
 
-from .components import Named, components, named
-from .convolution import OrthoLoRAConvolution
+from .attention_scale import scale_hooks
+from .components import components, named
+from .injected import ConvolutionAdapters, LayerAdapters
 from .loaded import LoadedAdapter, checked_adapters
-from .report import Handle, LayerReport, served_how
-from .targets import Shape, shape_of
+from .passes import Passes
+from .report import FUSED, SKIPPED, Handle, LayerReport, served_how
+from .sites import Site, Sites
+from .targets import Shape
 
-# Modules that read the weights of their linear layers instead of calling them.
-_BYPASSING = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 _KEEP: Any = object()  # "leave this setting as it is"; None means something else
 
 
@@ -30,22 +31,26 @@ class Injection(Handle):
 
     Attributes:
         model: the model, changed in place.
-        layers: the fused layers by qualified name, in name order.
-        report: a `LayerReport` for each.
+        layers: the adapters of each layer by its qualified name, in name order: callable as the
+            layer, with the settings of a `FusedOrthoLoRALinear`.
+        report: a `LayerReport` for each, and for each one that was skipped.
     """
 
     def __init__(
         self,
         model: Any,
-        layers: dict[str, FusedOrthoLoRALinear],
+        layers: dict[str, LayerAdapters],
         members: dict[str, tuple[int, ...]],
-        report: tuple[LayerReport, ...],
+        report: Sequence[LayerReport],
     ) -> None:
+        parts = components(model)
+        marked = {name: (one.layer, one.mark) for name, one in layers.items()}
+        super().__init__(report, Passes(parts, marked))
         self.model = model
-        self.layers: Mapping[str, FusedOrthoLoRALinear] = MappingProxyType(layers)
-        self.report = report
+        self.layers: Mapping[str, LayerAdapters] = MappingProxyType(layers)
         self._members = members  # which adapters, by index, each layer has
         self._count = 1 + max(index for indices in members.values() for index in indices)
+        self._scales = scale_hooks(parts, layers)
         self._attached = True
 
     def set(
@@ -99,18 +104,15 @@ class Injection(Handle):
             layer.refresh()
 
     def detach(self) -> None:
-        """Puts the model's own layers back; a second call does nothing.
+        """Gives every layer its own forward back, whatever was put around it meanwhile.
 
-        Raises:
-            RuntimeError: a fused layer is no longer where it was put; the model is left as it is.
+        A layer that the model replaced is no longer there to change. A second call does nothing.
         """
-        if not self._attached:
-            return
-        for name, layer in self.layers.items():
-            if _find(self.model, name) is not layer:
-                raise RuntimeError(f"cannot detach: {name} was replaced after the injection")
-        for name, layer in self.layers.items():
-            _put(self.model, name, layer.base)
+        self._passes.remove()
+        for hook in self._scales:
+            hook.remove()
+        for layer in self.layers.values():
+            layer.take()
         self._attached = False
 
     def __repr__(self) -> str:
@@ -127,125 +129,87 @@ def inject(
     method: str = "orthogonal",
     seed: int | None = None,
     backend: str | None = None,
+    on_unsupported: str = "error",
     keep_zero_weights: bool = False,
 ) -> Injection:
-    """Replaces every adapted linear layer and convolution of a model by a fused one, in place.
+    """Adds adapters to the linear layers and convolutions of a model, in place.
 
-    Factors move to the device of the layer they adapt and keep their dtype. A layer's masks depend
-    on its qualified name, the seed and the sample, not on which other layers are adapted.
+    Layers change their class and nothing else: parameters, state_dict, save_pretrained, tied
+    weights, hooks and isinstance are those of the plain model. Factors move to the device of the
+    layer they adapt and keep their dtype. A layer's masks depend on its qualified name in the plain
+    model, the seed and the sample, not on which other layers are adapted.
 
     Args:
         model: any torch module that has the adapters' layers under their names, or a diffusers
-            pipeline whose parts have.
+            pipeline whose parts have; wrapped (torch.compile, data parallel) or not.
         adapters: from `load_adapter`; their order is the merge order.
         p: a dropout rate for each adapter; None gives 1 - 1/K on a layer that K of them adapt.
         weights: a merge weight for each adapter; None is 1. An adapter of weight 0 is off.
         method, seed, backend, keep_zero_weights: as for `FusedOrthoLoRALinear`.
+        on_unsupported: "error", or "skip" to leave a layer that cannot be adapted as it is; the
+            report then says why.
     Returns:
         A handle with `report`, `set` and `detach`; `with inject(...)` detaches at the end.
     Raises:
         TypeError, ValueError: an argument or a layer that does not fit, by name; then the model is
             as it was.
     """
+    if on_unsupported not in ("error", "skip"):
+        raise ValueError(f'on_unsupported must be "error" or "skip", got {on_unsupported!r}')
     adapters = checked_adapters(adapters)
-    modules = _modules(model)
+    sites = Sites(named(components(model)))
     rates = None if p is None else finite_numbers("p", p, len(adapters))
     merge_weights = finite_numbers("weights", weights, len(adapters))
-    layers: dict[str, FusedOrthoLoRALinear] = {}
+    layers: dict[str, LayerAdapters] = {}
     members: dict[str, tuple[int, ...]] = {}
     report = []
-    for name in sorted({name for adapter in adapters for name in adapter.layers}):
-        chosen = tuple(j for j, adapter in enumerate(adapters) if name in adapter.layers)
-        site, shape = _site(modules, name, adapters[chosen[0]].name)
+    for name, parts in sites.by_layer(adapters).items():
+        site, chosen = sites.find(name), tuple(parts)
+        if site.reason:
+            if on_unsupported == "error":
+                raise ValueError(site.problem(adapters[chosen[0]].name))
+            report.append(_skipped(site, [adapters[j].name for j in chosen]))
+            continue
         found = [
-            _placed(adapters[j], site, shape, merge_weights[j], rates[j] if rates else None)
+            _placed(adapters[j], parts[j], site, merge_weights[j], rates[j] if rates else None)
             for j in chosen
         ]
-        kind: Any = OrthoLoRAConvolution if shape.kernel else FusedOrthoLoRALinear
+        kind = ConvolutionAdapters if site.shape.kernel else LayerAdapters
         try:
             layers[name] = kind(
-                site.module, found, method=method, seed=seed, stream=site.stream, backend=backend,
+                name,
+                site.module,
+                found,
+                method=method,
+                seed=seed,
+                stream=site.stream,
+                backend=backend,
                 keep_zero_weights=keep_zero_weights,
-            )  # fmt: skip
+            )
         except ValueError as error:
             raise ValueError(f"layer {name}: {error}") from error
         layers[name].train(site.module.training)
         members[name] = chosen
         report.append(_report(site, found, layers[name].mix))
-    for name, layer in layers.items():
-        _put(model, name, layer)
-    return Injection(model, layers, members, tuple(report))
-
-
-def _modules(model: object) -> dict[str, Named]:
-    """Every module of a model or pipeline by its qualified name."""
-    modules = {entry.name: entry for entry in named(components(model))}
-    for name, entry in modules.items():
-        if isinstance(entry.module, FusedOrthoLoRALinear):
-            raise ValueError(f"model: {name} is adapted already; detach it first")
-    return modules
-
-
-def _parent(model: object, name: str) -> tuple[nn.Module, str]:
-    """The module that holds the one of that name, and its name there."""
-    parts = components(model)
-    root = parts.get("")
-    if root is None:
-        part, _, name = name.partition(".")
-        root = parts[part]
-    parent, _, child = name.rpartition(".")
-    return root.get_submodule(parent), child
-
-
-def _find(model: object, name: str) -> nn.Module | None:
-    try:
-        parent, child = _parent(model, name)
-    except (AttributeError, KeyError):
-        return None
-    return getattr(parent, child, None)
-
-
-def _put(model: object, name: str, module: nn.Module) -> None:
-    parent, child = _parent(model, name)
-    setattr(parent, child, module)
-
-
-def _site(modules: Mapping[str, Named], name: str, adapter: str) -> tuple[Named, Shape]:
-    """The layer of that name and its shape, if it can be replaced without side effects."""
-    entry = modules.get(name)
-    if entry is None:
-        raise ValueError(f"adapter {adapter!r} adapts {name}, which the model does not have")
-    kind = type(entry.module).__name__
-    if hasattr(entry.module, "get_base_layer"):
-        raise ValueError(f"layer {name} is PEFT's already ({kind}); use attach for such models")
-    shape = shape_of(entry.module)
-    if shape is None:
-        raise ValueError(
-            f"adapter {adapter!r} adapts {name}, a {kind}; it must be a linear layer or a "
-            f"convolution without groups"
-        )
-    parent = modules.get(name.rpartition(".")[0])
-    if parent is not None and isinstance(parent.module, _BYPASSING):
-        kind = type(parent.module).__name__
-        raise ValueError(f"layer {name} is part of a {kind}, which does not call its linear layers")
-    others = [n for n, e in modules.items() if e.module is entry.module and n != name]
-    if others:
-        raise ValueError(f"layer {name} is shared: it is also {', '.join(others)}")
-    return entry, shape
+    if not layers:
+        raise ValueError(f"adapters: no layer of them can be adapted; {report[0]}")
+    for layer in layers.values():
+        layer.put()
+    return Injection(model, layers, members, report)
 
 
 def _placed(
-    adapter: LoadedAdapter, site: Named, wanted: Shape, weight: float, p: float | None
+    adapter: LoadedAdapter, name: str, site: Site, weight: float, p: float | None
 ) -> Adapter:
     """One layer's part of an adapter, on the layer's device, with its weight and rate."""
-    part = adapter.layers[site.name]
-    kernel = adapter.kernels.get(site.name, ())
+    part = adapter.layers[name]
+    kernel = adapter.kernels.get(name, ())
     found = Shape(part.lora_A.shape[1] // prod(kernel), part.lora_B.shape[0], kernel)
-    if not wanted.takes(found):
+    if not site.shape.takes(found):
         raise ValueError(
-            f"adapter {adapter.name!r} takes {found} on {site.name}, the layer takes {wanted}"
+            f"adapter {adapter.name!r} takes {found} on {name}, the layer takes {site.shape}"
         )
-    device = site.module.weight.device
+    device = site.device
     return replace(
         part,
         lora_A=part.lora_A.to(device),
@@ -257,9 +221,15 @@ def _placed(
     )
 
 
-def _report(site: Named, adapters: Sequence[Adapter], mix: Mix) -> LayerReport:
+def _report(site: Site, adapters: Sequence[Adapter], mix: Mix) -> LayerReport:
     chosen = [adapters[j] for j in mix.members]
     ranks = tuple(adapter.lora_A.shape[0] for adapter in chosen)
     names = tuple(str(adapter.name) for adapter in chosen)
-    how, why = served_how(site.module)
+    # Hooks on the layer see what it gives with its adapters, so they are in nobody's way.
+    how, why = (FUSED, "") if type(site.module) is nn.Linear else served_how(site.module)
     return LayerReport(site.name, site.stream, names, ranks, mix.p, how, why)
+
+
+def _skipped(site: Site, names: Sequence[str]) -> LayerReport:
+    nothing = (0,) * len(names)
+    return LayerReport(site.name, site.stream, tuple(names), nothing, nothing, SKIPPED, site.reason)

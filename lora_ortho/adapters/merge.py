@@ -53,10 +53,10 @@ def adapters_of(model: Any, adapters: Sequence[str] | None = None) -> list[Loade
     for entry in layers:
         for name in merged_on(entry.module, order, every):
             A, B = (part[name] for part in (entry.module.lora_A, entry.module.lora_B))
-            bias = None if B.bias is None else B.bias.detach()
+            bias = None if B.bias is None else _whole(B.bias, entry.name, 1)
             found[name][entry.name] = Adapter(
-                A.weight.detach().flatten(1),
-                B.weight.detach().flatten(1),
+                _whole(A.weight, entry.name, 2).flatten(1),
+                _whole(B.weight, entry.name, 2).flatten(1),
                 scaling=float(entry.module.scaling[name]),
                 bias=bias,
                 name=name,
@@ -82,6 +82,19 @@ def _told(model: Any, name: str) -> tuple[str | None, dict[str, Any]]:
     return base or None, agreed([reader_settings(field) for field in fields])
 
 
+def _whole(tensor: Any, layer: str, least: int) -> torch.Tensor:
+    """A tensor of an adapter, gathered where FSDP2 or tensor parallelism split it."""
+    found: torch.Tensor = tensor.detach()
+    if hasattr(found, "full_tensor"):
+        found = found.full_tensor()
+    if found.dim() < least or 0 in found.shape:
+        raise ValueError(
+            f"layer {layer}: its adapters are split among processes; export inside of "
+            f"FullyShardedDataParallel.summon_full_params(model)"
+        )
+    return found
+
+
 def _digest(layers: Mapping[str, Adapter]) -> str:
     """SHA-256 over names, dtypes and bytes of all factors, in name order."""
     digest = hashlib.sha256()
@@ -91,7 +104,9 @@ def _digest(layers: Mapping[str, Adapter]) -> str:
         for tensor in (part.lora_A, part.lora_B, part.bias):
             if tensor is not None:
                 digest.update(f"{tensor.dtype} {tuple(tensor.shape)} ".encode())
-                digest.update(tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+                # A copy: memory that numpy saw cannot be freed by those who own it, as FSDP does.
+                copy = tensor.cpu().contiguous().view(torch.uint8).clone()
+                digest.update(copy.numpy().tobytes())
     return digest.hexdigest()
 
 

@@ -10,7 +10,8 @@ from typing import Any
 from torch import nn
 
 from . import peft_layers
-from .components import Named, components, named, peft_package
+from .components import Named, Parts, components, named, peft_package
+from .parents import uncalled
 from .peft_config import HARMLESS_INITS
 from .report import SKIPPED, LayerReport
 
@@ -82,7 +83,10 @@ def tuner_layers(model: Any, *, attached: bool = False) -> list[Named]:
         )
     for entry in layers:
         if not attached and peft_layers.of(entry.module) is not None:
-            raise ValueError(f"layer {entry.name} is attached already; detach it first")
+            raise ValueError(
+                f"layer {entry.name} is attached already; detach it first, with the handle's "
+                f"detach() or lora_ortho.detach(model)"
+            )
     return layers
 
 
@@ -140,6 +144,17 @@ def layer_problems(
             yield Problem(entry, names, reason)
 
 
+def uncalled_problems(
+    model: Any, layers: Sequence[Named], order: Sequence[str], activate: bool
+) -> Iterator[Problem]:
+    """Layers that could be merged into their weights, but not in calls: there are none."""
+    reasons = uncalled(named(components(model)))
+    for entry in layers:
+        if id(entry.module) in reasons:
+            names = merged_on(entry.module, order, activate)
+            yield Problem(entry, names, reasons[id(entry.module)])
+
+
 def model_problems(model: Any, order: Sequence[str]) -> Iterator[Problem]:
     """What adapters change besides their layers, where that cannot be merged."""
     parts = components(model)
@@ -174,9 +189,7 @@ def saving_problems(model: Any, order: Sequence[str]) -> Iterator[Problem]:
         yield Problem(entry, savers, "saves this module, which would be lost")
 
 
-def _savers(
-    parts: Mapping[str, nn.Module], order: Sequence[str]
-) -> Iterator[tuple[Named, tuple[str, ...]]]:
+def _savers(parts: Parts, order: Sequence[str]) -> Iterator[tuple[Named, tuple[str, ...]]]:
     """Modules that adapters replace as a whole, and which of `order` do."""
     peft = peft_package()
     for entry in named(parts):

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cache
 from typing import Any
 
 import torch
@@ -16,9 +15,11 @@ from torch import Tensor, nn
 
 from lora_ortho.mixing import Choice, Mixer, Settings, Traced
 from lora_ortho.module import is_fresh
-from lora_ortho.problem import Place
+from lora_ortho.problem import DTYPES, Place
 
 from .convolution import selectors
+from .in_place import ADAPTERS, InPlace, enter, leave, own_forward, replaced_forward
+from .passes import Mark, may_write
 
 # PEFT's classes by name: those of quantised layers exist only where their package is installed.
 _LINEAR = """
@@ -34,7 +35,6 @@ REFUSED_LAYERS = {
     "LoraParallelLinear": "Megatron's parallel layers return more than an output",
     "TeLinear": "TransformerEngine's layers may return more than an output",
 }
-_ATTRIBUTE = "_lora_ortho"
 
 
 @dataclass
@@ -92,9 +92,14 @@ class LayerMerge:
     name: str
     stream: int
     shared: Shared
+    mark: Mark = field(default_factory=Mark, repr=False)
     _mixer: Mixer = field(default_factory=lambda: Mixer(()), repr=False)
     _settings: tuple[Choice, Settings] | None = field(default=None, repr=False)
     _traced: tuple[tuple[str, ...], Traced] | None = field(default=None, repr=False)
+    _convolution: bool = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self._convolution = _kind(self.plain_class) in CONVOLUTIONS
 
     def add(self, layer: Any, x: Tensor, y: Tensor, names: tuple[str, ...]) -> Tensor:
         """The adapters' share for x, added to the base's y; layouts as the base has them."""
@@ -105,7 +110,10 @@ class LayerMerge:
         B = [layer.lora_B[name].weight for name in names]
         biases = [layer.lora_B[name].bias for name in names]
         drops = layer.training and any(_drops(layer.lora_dropout[name]) for name in names)
-        if is_convolution(layer) or drops:
+        hooked = _hooked(layer, names)
+        if self._convolution or drops or hooked:
+            if hooked:  # weights may be there, or in their shape, only while a module is called
+                B, biases = _called(layer, names, y)
             return self._add_spread(layer, x, y, names, B, biases)
         A = [layer.lora_A[name].weight for name in names]
         return self._mixed(layer, names, x, y, A, B, biases, in_place=is_fresh(layer.base_layer))
@@ -116,15 +124,17 @@ class LayerMerge:
         if names:
             self._have_mixer([layer.lora_B[name].bias for name in names])
             settings = self._now(layer, names, [1.0] * len(names))
-            self._traced = (names, Traced(settings, layer.lora_B[names[0]].weight.device))
+            device = layer.lora_B[names[0]].weight.device
+            device = torch.device("cpu") if device.type == "meta" else device  # offloaded
+            self._traced = (names, Traced(settings, device))
 
     def refresh(self, layer: Any) -> None:
         """Packs the factors again, after a change that nothing shows."""
         names = self.shared.names(layer)
-        if names:
+        if names and not _hooked(layer, names):  # what modules are called for is packed each time
             A, B = ([part[n].weight for n in names] for part in (layer.lora_A, layer.lora_B))
             biases = [layer.lora_B[name].bias for name in names]
-            if is_convolution(layer):
+            if self._convolution:
                 B = [weight.flatten(1) for weight in B]
                 A = list(selectors(tuple(b.shape[1] for b in B), B[0].dtype, B[0].device))
             scaling = [float(layer.scaling[name]) for name in names]
@@ -145,7 +155,7 @@ class LayerMerge:
         The masks are those of the tokens, for a convolution of its places (n, h, w), by channel.
         """
         channel = y.dim() - B[0].dim() + 1
-        s = [layer.lora_dropout[n](x.to(layer.lora_A[n].weight.dtype)) for n in names]
+        s = [layer.lora_dropout[n](x.to(_dtype_of(layer.lora_A[n], y))) for n in names]
         s = [layer.lora_A[n](part).to(y.dtype) for n, part in zip(names, s, strict=True)]
         joined = torch.cat(s, dim=channel).movedim(channel, -1)  # (..., Σ r)
         flat = [weight.flatten(1) for weight in B]
@@ -226,12 +236,16 @@ def _scalar(value: Any, like: Tensor) -> Tensor:
     return torch.full((), value, dtype=like.dtype, device=like.device)
 
 
-class _Attached:
+class Attached(InPlace):
     """Comes before PEFT's class; `layer._lora_ortho` is a `LayerMerge`."""
 
     def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """As PEFT's, but active adapters are merged by the method of the attachment."""
-        merge: LayerMerge = self._lora_ortho
+        merge: LayerMerge | None = self.__dict__.get(ADAPTERS)
+        if merge is None:
+            return own_forward(self, Attached)(x, *args, **kwargs)  # type: ignore[no-any-return]
+        if may_write():
+            merge.mark.reached = True
         names = () if self.disable_adapters or self.merged else merge.shared.names(self)
         if not names:
             return super().forward(x, *args, **kwargs)  # type: ignore[misc, no-any-return]
@@ -243,50 +257,46 @@ class _Attached:
         kwargs.pop("alora_offsets", None)  # for a variant that is refused
         return merge.add(self, x, self.base_layer(x, *args, **kwargs), names)
 
-    def __reduce_ex__(self: Any, protocol: Any) -> tuple[Any, ...]:
-        return _revive, (self._lora_ortho.plain_class,), self.__dict__
-
-
-def _revive(plain_class: type) -> Any:
-    cls: Any = attached_class(plain_class)
-    return cls.__new__(cls)
-
-
-@cache
-def attached_class(plain_class: type) -> type:
-    """The class that a layer of PEFT's `plain_class` becomes."""
-    return type(plain_class.__name__, (_Attached, plain_class), {"__module__": __name__})
-
 
 def put(layer: nn.Module, merge: LayerMerge) -> None:
     """Makes a layer an attached one."""
-    setattr(layer, _ATTRIBUTE, merge)
-    layer.__class__ = attached_class(merge.plain_class)
+    layer.__dict__[ADAPTERS] = merge
+    enter(layer, Attached)
 
 
 def take(layer: nn.Module) -> None:
-    """Gives an attached layer its own class back."""
+    """Gives an attached layer its own forward back."""
     merge = of(layer)
-    if merge is None:
-        return
-    layer.__class__ = merge.plain_class
-    delattr(layer, _ATTRIBUTE)
+    if merge is not None:
+        del layer.__dict__[ADAPTERS]
+        leave(layer, Attached, merge.plain_class)
 
 
 def of(layer: nn.Module) -> LayerMerge | None:
     """The attachment of a layer, or None."""
-    found: LayerMerge | None = layer.__dict__.get(_ATTRIBUTE)
+    found: LayerMerge | None = layer.__dict__.get(ADAPTERS)
     return found
 
 
 def is_convolution(layer: nn.Module) -> bool:
-    """True for PEFT's layers of a convolution, attached or not."""
-    return type(layer).__name__ in CONVOLUTIONS
+    """True for PEFT's layers of a convolution."""
+    kind: type = type(layer)
+    return _kind(kind) in CONVOLUTIONS
+
+
+def _kind(kind: type) -> str:
+    """The name of PEFT's class, also of one that was derived from it without another forward."""
+    for base in kind.__mro__:
+        if base.__name__ in LINEAR | CONVOLUTIONS | REFUSED_LAYERS.keys():
+            return base.__name__
+        if "forward" in base.__dict__:
+            break
+    return kind.__name__
 
 
 def why_not(layer: Any, names: Sequence[str]) -> str | None:
     """Why these adapters of a layer cannot be merged at run time; None where they can."""
-    kind = type(layer).__name__
+    kind = _kind(type(layer))
     if not hasattr(layer, "lora_A"):
         return f"a {kind} layer of another method than LoRA"
     if kind not in LINEAR | CONVOLUTIONS:
@@ -299,12 +309,41 @@ def why_not(layer: Any, names: Sequence[str]) -> str | None:
             return f"adapter {name!r} is a variant of LoRA ({type(variant).__name__})"
     if is_convolution(layer) and layer.base_layer.groups > 1:
         return "a convolution with groups"
-    if "forward" in layer.__dict__:
+    if replaced_forward(layer):
         return "a hook replaced the forward of PEFT's layer"
-    lora = [part[name] for part in (layer.lora_A, layer.lora_B) for name in names]
-    if any("forward" in module.__dict__ for module in lora):
-        return "hooks on the adapter's own layers, whose weights may be elsewhere"
     return None
+
+
+def _hooked(layer: Any, names: Sequence[str]) -> bool:
+    """True if something is done at a call of the adapters' own layers."""
+    return any(
+        "forward" in module.__dict__ or module._forward_pre_hooks or module._forward_hooks
+        for part in (layer.lora_A, layer.lora_B)
+        for module in (part[name] for name in names)
+    )
+
+
+def _called(
+    layer: Any, names: Sequence[str], y: Tensor
+) -> tuple[list[Tensor], list[Tensor | None]]:
+    """lora_B and its bias of each adapter, by calls of the module: as its hooks have it."""
+    weights: list[Tensor] = []
+    biases: list[Tensor | None] = []
+    for name in names:
+        module = layer.lora_B[name]
+        rank, tail = module.weight.shape[1], module.weight.shape[2:]
+        units = torch.eye(rank + 1, rank, dtype=_dtype_of(module, y), device=y.device)
+        columns = module(units.view(rank + 1, rank, *tail)).flatten(1)  # (r + 1, d_out)
+        biases.append(None if module.bias is None else columns[rank])
+        weight = (columns[:rank] - columns[rank]).t()
+        weights.append(weight.view(*weight.shape, *tail))
+    return weights, biases
+
+
+def _dtype_of(module: Any, y: Tensor) -> torch.dtype:
+    """In which dtype a module computes; that of y where its weights are only stored in theirs."""
+    dtype: torch.dtype = module.weight.dtype
+    return dtype if dtype in DTYPES else y.dtype
 
 
 def _drops(dropout: nn.Module) -> bool:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -11,10 +12,13 @@ from torch import nn
 
 from lora_ortho.module import is_fresh
 
+from .passes import Passes
+
 FUSED = "fused"
 DELTA = "base + delta"
 CONVOLUTION = "convolution"
 SKIPPED = "skipped"
+UNREACHED = "not reached"
 
 _Self = TypeVar("_Self", bound="Handle")
 
@@ -28,8 +32,10 @@ class LayerReport:
         stream: number of its mask stream.
         adapters, ranks, p: names, ranks and dropout rates of its adapters, in merge order.
         how: "fused" (written over what a plain linear layer gave), "base + delta" (added to what a
-            quantised or hooked layer gave), "convolution" (likewise, masks by channel and place)
-            or "skipped" (left to PEFT).
+            quantised or hooked layer gave), "convolution" (likewise, masks by channel and place),
+            "skipped" (left as it is) or "not reached" (no forward pass since called the layer,
+            though one has ended, or its parent was changed so that it calls it no more; what
+            torch.compile runs may not be seen).
         reason: why it is not fused; "" where it is.
     """
 
@@ -63,6 +69,22 @@ def served_how(base: Any) -> tuple[str, str]:
 
 class Handle(ABC):
     """Something put into a model: a context manager that takes it out at the end."""
+
+    def __init__(self, report: Iterable[LayerReport], passes: Passes) -> None:
+        self._report = tuple(sorted(report, key=lambda entry: entry.name))
+        self._passes = passes
+
+    @property
+    def report(self) -> tuple[LayerReport, ...]:
+        """A `LayerReport` for each layer, and for each one that was skipped, in name order."""
+        why = "no call of it was seen in a pass of the model; its parent may read its weights"
+        reasons = dict.fromkeys(self._passes.unreached(), why) | self._passes.idle()
+        return tuple(
+            replace(entry, how=UNREACHED, reason=reasons[entry.name])
+            if entry.name in reasons
+            else entry
+            for entry in self._report
+        )
 
     @abstractmethod
     def detach(self) -> None:

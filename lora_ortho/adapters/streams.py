@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 
 def assign_streams(names: Iterable[str]) -> dict[str, int]:
@@ -17,15 +17,18 @@ def assign_streams(names: Iterable[str]) -> dict[str, int]:
     return {name: number for (name, _), number in found.items()}
 
 
-def assign_part_streams(names: Iterable[tuple[str, str]]) -> dict[tuple[str, str], int]:
+def assign_part_streams(
+    names: Iterable[tuple[str, str]], first: Collection[str] = ()
+) -> dict[tuple[str, str], int]:
     """As `assign_streams`, for names (name within its part, part) of a pipeline of several models.
 
     The part does not enter the number, so a layer has the masks that it has in its model alone;
-    where two parts have a layer of one name, the part later in name order moves on.
+    where two parts have a layer of one name, the later part moves on: parts are in name order,
+    after those in `first`, which then have the numbers that they have without the others.
     """
     taken: set[int] = set()
     streams: dict[tuple[str, str], int] = {}
-    for name, part in sorted(set(names)):
+    for name, part in sorted(set(names), key=lambda pair: (pair[1] not in first, pair)):
         number = zlib.crc32(name.encode("utf-8"))
         while number in taken:
             number = (number + 1) % 2**32

@@ -12,10 +12,12 @@ from torch import nn
 
 from lora_ortho.module import linear_sizes
 
-from .components import base_modules, components, join
+from .components import base_modules, components, join, missing_parts
 from .errors import AdapterFileError
+from .renamed import Renamings
 
-# What diffusers' pipelines call the models that adapters are made for.
+# What diffusers' pipelines call the models that adapters are made for; a pipeline that is given has
+# its own names besides.
 PARTS = [
     "unet",
     "transformer",
@@ -24,6 +26,10 @@ PARTS = [
     "text_encoder_2",
     "text_encoder_3",
     "controlnet",
+    "connectors",
+    "prior",
+    "text_conditioner",
+    "transformer_ref",
 ]
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -85,15 +91,17 @@ class Targets:
 
     def __init__(self, model: object, part: str | None) -> None:
         parts = None if model is None else components(model)
-        if part is not None and part not in (PARTS if parts is None or "" in parts else parts):
-            known = ", ".join(PARTS if parts is None or "" in parts else parts)
+        choices = PARTS if parts is None or "" in parts else list(parts)
+        if part is not None and part not in choices:
+            known = ", ".join(choices)
             raise ValueError(f"part must be None or one of {known}, got {part!r}")
         self.part = part
         self.model = model
         self._parts = parts
         self._names: dict[str, dict[str, Any]] = {}
         self._flat: dict[str, dict[str, list[str]]] = {}
-        self.known_parts = frozenset([*PARTS, *(parts or ())])
+        self._renamings: dict[str, Renamings] = {}
+        self.known_parts = frozenset([*PARTS, *choices, *missing_parts(model)])
 
     @property
     def is_pipeline(self) -> bool:
@@ -109,7 +117,14 @@ class Targets:
         found = frozenset(parts)
         if self.part is not None:
             if found and self.part not in found:
-                raise AdapterFileError(file, f"has no part {self.part!r}, but {_list(found)}")
+                problem = f"has no part {self.part!r}, but {_list(found)}"
+                if self.is_pipeline:
+                    problem += (
+                        f"; to load one of them there, give the module: load_adapter(path, "
+                        f"pipe.{self.part}, part={max(found)!r}), or load it with diffusers and "
+                        f"attach"
+                    )
+                raise AdapterFileError(file, problem)
             return frozenset([self.part])
         if self._parts is not None and not self.is_pipeline and len(found) > 1:
             problem = f"is for {_list(found)}: give the pipeline as model, or choose with part="
@@ -130,7 +145,21 @@ class Targets:
         for candidate in _spellings(name):
             if candidate in modules:
                 return self._target(file, key, part, candidate, modules[candidate])
+        newer, fused = self._renamed(part, name)
+        if fused:
+            problem = f"the model holds {name!r} fused with others, as {newer!r}"
+            raise AdapterFileError(file, problem, key)
+        if newer in modules:
+            return self._target(file, key, part, newer, modules[newer])
         raise AdapterFileError(file, f"the model has no layer {name!r}", key)
+
+    def _renamed(self, part: str, name: str) -> tuple[str, bool]:
+        """What transformers calls a layer today, and whether it is fused with others."""
+        if part not in self._renamings:
+            root = self.root(part)
+            assert root is not None  # or there would be no modules to look in
+            self._renamings[part] = Renamings(root)
+        return self._renamings[part].of(name)
 
     def by_flat_name(self, file: Path, key: str, part: str, flat: str) -> Target | None:
         """The layer whose name with "_" for "." is that; None where there is no such layer.
@@ -158,8 +187,11 @@ class Targets:
     def _modules(self, file: Path, key: str, part: str) -> Mapping[str, Any]:
         root = self.root(part)
         if root is None:
-            parts = _list(self._parts or ())
-            raise AdapterFileError(file, f"names no part of the pipeline, which has {parts}", key)
+            problem = f"names no part of the pipeline, which has {_list(self._parts or ())}"
+            if part in missing_parts(self.model):
+                problem += f" and {part!r} as None"
+            problem += "; load one part with part=, or load it with diffusers and attach"
+            raise AdapterFileError(file, problem, key)
         if part not in self._names:
             self._names[part] = dict(base_modules(root))
         return self._names[part]
