@@ -76,7 +76,7 @@ figures: $(VENV)/dev.stamp
 # A wheel for this Python and for Linux machines without a compiler, of the kernels of every
 # instruction set; CUDA kernels only on request. libgomp stays the one that torch brings.
 wheel: $(VENV)-wheel/stamp
-	rm -rf build/wheel dist
+	rm -rf build/wheel dist lora_ortho.egg-info
 	LORA_ORTHO_PORTABLE=1 LORA_ORTHO_REQUIRE_NATIVE=1 \
 		$(VENV)-wheel/bin/python -m build --outdir build/wheel .
 	PATH="$(abspath $(VENV)-wheel/bin):$$PATH" $(VENV)-wheel/bin/auditwheel repair --plat auto \
