@@ -101,7 +101,7 @@ $(VENV)/demo.stamp: pyproject.toml requirements-dev.txt setup.py $(NATIVE) | $(B
 	@touch $@
 
 $(VENV)/dev.stamp: pyproject.toml requirements-dev.txt setup.py $(NATIVE) | $(BIN)/python
-	$(call announce,$(VENV),3.4 GB,1.1 GB,The tests run for half an hour.)
+	$(call announce,$(VENV),3.4 GB,0.9 GB,The tests run for a quarter to half an hour.)
 	$(call install,dev$(comma)demo)
 	$(PIP) --no-deps $(MERGING)
 	@touch $@ $(VENV)/demo.stamp
