@@ -6,17 +6,25 @@ environment makes it an error.
 
 LORA_ORTHO_CUDA says whether the CUDA kernels are compiled in: 1 yes, 0 no, unset where nvcc is
 found; then a failure leaves them out with a warning. LORA_ORTHO_CUDA_ARCHITECTURES names others
-than those of cmake/cuda.cmake.
+than those of cmake/cuda.cmake. LORA_ORTHO_PORTABLE=1 links for Linux machines with older system
+libraries, as `make wheel` does. LORA_ORTHO_PROGRESS names a terminal or pipe that is told of each
+step: pip keeps the output of builds to itself until they end.
 """
 
 from __future__ import annotations
 
 import importlib
 import os
+import re
 import shutil
+import stat
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TextIO
 
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
@@ -42,21 +50,54 @@ def find_tool(name: str) -> str:
     raise NativeBuildError(f"{name} was not found (pip install {name})")
 
 
+@contextmanager
+def progress() -> Iterator[TextIO | None]:
+    """The terminal or pipe of LORA_ORTHO_PROGRESS; None where there is none to be told."""
+    name = os.environ.get("LORA_ORTHO_PROGRESS")
+    try:
+        stream = open(name, "a", encoding="utf-8") if name else None  # noqa: SIM115
+    except OSError:
+        stream = None
+    if stream is None:
+        yield None
+        return
+    with stream:
+        # In a file, lines from here and those of pip's own would overwrite one another.
+        yield None if stat.S_ISREG(os.fstat(stream.fileno()).st_mode) else stream
+
+
 def run_tool(arguments: list[str]) -> None:
     """Runs a build step with its output shown; a failure names the first line that says error."""
     print("lora_ortho:", " ".join(arguments), flush=True)
-    with subprocess.Popen(
-        arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    ) as process:
+    step = "cmake --build" if "--build" in arguments else "cmake"
+    lines = []
+    begin = time.monotonic()
+    try:
+        # Compilers speak the user's language, and not always in the encoding that is announced.
+        process = subprocess.Popen(
+            arguments,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="backslashreplace",
+        )
+    except OSError as error:
+        raise NativeBuildError(f"{step} cannot be started: {error}") from error
+    with process, progress() as told:
         assert process.stdout is not None
-        lines = []
         for line in process.stdout:
             print(line, end="", flush=True)
             lines.append(line.strip())
+            if told and (found := re.match(r"\[(\d+)/(\d+)\]", line)):
+                seconds = time.monotonic() - begin
+                print(
+                    f"lora_ortho: compiling, {found[1]} of {found[2]} files, {seconds:.0f} s",
+                    file=told,
+                    flush=True,
+                )
     if process.returncode:
         marks = [i for i, line in enumerate(lines) if "error" in line.lower()]
         first = " ".join(line for line in lines[marks[0] : marks[0] + 3] if line) if marks else ""
-        step = "cmake --build" if "--build" in arguments else "cmake"
         raise NativeBuildError(f"{step} ended with status {process.returncode}: {first}")
 
 
@@ -87,6 +128,7 @@ def cmake_build_with(folder: Path, output_dir: Path, *, cuda: bool) -> None:
         raise NativeBuildError("pybind11 was not found (pip install pybind11)") from None
     cmake, ninja = find_tool("cmake"), find_tool("ninja")
     architectures = os.environ.get("LORA_ORTHO_CUDA_ARCHITECTURES", "")
+    portable = os.environ.get("LORA_ORTHO_PORTABLE", "0") not in ("", "0")
     folder.mkdir(parents=True, exist_ok=True)
     # Another build environment may have left its paths; objects that still fit are kept.
     (folder / "CMakeCache.txt").unlink(missing_ok=True)
@@ -107,6 +149,7 @@ def cmake_build_with(folder: Path, output_dir: Path, *, cuda: bool) -> None:
             "-DLORA_ORTHO_BUILD_PYTHON=ON",
             f"-DLORA_ORTHO_CUDA={'ON' if cuda else 'OFF'}",
             f"-DLORA_ORTHO_CUDA_ARCHITECTURES={architectures}",
+            f"-DLORA_ORTHO_PORTABLE={'ON' if portable else 'OFF'}",
             "-DLORA_ORTHO_BUILD_SHARED=OFF",
             "-DLORA_ORTHO_BUILD_STATIC=OFF",
         ]

@@ -42,6 +42,7 @@ _ADVICE = (
     ("without its compiled", f"install a C++17 compiler and CMake, {_REINSTALL}"),
     ("this version of lora_ortho has no", "install a newer lora_ortho"),
     ("triton cannot be imported", "pip install triton"),
+    ("triton .* is older than", "install a newer torch: its builds for GPUs bring their Triton"),
     ("(?i)built without|without cuda|nvcc", f"install the CUDA toolkit (nvcc), {_REINSTALL}"),
     ("(?i)driver", "install or update the NVIDIA driver; nvidia-smi must list a device"),
     (

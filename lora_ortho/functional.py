@@ -132,12 +132,20 @@ def _autocast(x: Tensor, base: Tensor | None) -> tuple[Tensor, Tensor | None]:
     if not isinstance(x, Tensor) or x.dtype not in narrow:
         return x, base
     device = x.device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+    if not _has_autocast(device) or not torch.is_autocast_enabled(device):
         return x, base
     dtype = torch.get_autocast_dtype(device)
     if isinstance(base, Tensor) and base.dtype in narrow:
         base = base.to(dtype)
     return x.to(dtype), base
+
+
+def _has_autocast(device: str) -> bool:
+    return torch.amp.is_autocast_available(device)
+
+
+# As in backends.triton: the compiler of torch 2.7 and before cannot follow the call.
+_has_autocast._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def weighted_gains(rule: Rule, weights: Sequence[float] | Tensor | None, x: Tensor) -> Tensor:

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import native
+import other_triton
 import pytest
 from servers import interpreted
 
@@ -27,19 +27,9 @@ def oldest(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Variables under which a process imports the oldest Triton."""
     bounds = re.findall(r'"triton>=([\d.]+)', (native.ROOT / "pyproject.toml").read_text())
     assert len(set(bounds)) == 1
-    folder = native.ROOT / "build" / f"triton-{bounds[0]}"
-    if not (folder / "complete").exists():
-        command = [
-            sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--upgrade",
-            "--target", str(folder), f"triton=={bounds[0]}.*", NUMPY,
-        ]  # fmt: skip
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            lines = [line for line in done.stderr.splitlines() if "ERROR" in line]
-            pytest.skip(f"pip cannot install triton {bounds[0]}: {' '.join(lines[:1])}")
-        (folder / "complete").touch()
     cache = tmp_path_factory.mktemp("triton")
-    return {"PYTHONPATH": str(folder), "TRITON_CACHE_DIR": str(cache), "EXPECTED": bounds[0]}
+    own = other_triton.variables(bounds[0], NUMPY)
+    return {**own, "TRITON_CACHE_DIR": str(cache), "EXPECTED": bounds[0]}
 
 
 def test_the_oldest_version_interprets(oldest: dict[str, str]) -> None:

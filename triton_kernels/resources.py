@@ -194,15 +194,19 @@ def measure(items: Sequence[Shipped], jobs: int) -> list[Figures]:
         return pool.map(figures, items, chunksize=4)
 
 
-def table(found: Sequence[Figures]) -> str:
-    """Rows are kernels and problems; a cell is registers and instructions for each element."""
+def table(found: Sequence[Figures], version: str = triton.__version__) -> str:
+    """Rows are kernels and problems; a cell is registers and instructions for each element.
+
+    Args:
+        version: of the Triton that compiled them.
+    """
     archs = list(dict.fromkeys(one.arch for one in found))
     found_in = {
         (one.kernel, one.dtype, one.method, one.adapters, one.rank, one.arch): one for one in found
     }
     rows = list(dict.fromkeys(key[:-1] for key in found_in))
     lines = [
-        f"Triton {triton.__version__}. Each cell: registers of a thread, instructions for each "
+        f"Triton {version}. Each cell: registers of a thread, instructions for each "
         "element of y or grad.",
         "",
         "| kernel | dtype | method | K × r | " + " | ".join(archs) + " |",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import warnings
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -20,6 +21,12 @@ try:
     _C = importlib.import_module("lora_ortho._C")
 except ImportError as error:
     _REASON = f"lora_ortho was installed without its compiled CPU kernels: {error}"
+    # pip hides what a build prints, and the other backend would be noticed by its slowness alone.
+    warnings.warn(
+        f"{_REASON}; on CPUs the slow reference backend stands in (`lora-ortho doctor` says more)",
+        RuntimeWarning,
+        stacklevel=2,
+    )
 
 # Caps the instruction set; read when factors are packed. For tests and benchmarks.
 ISA_VARIABLE = "LORA_ORTHO_CPU_ISA"

@@ -23,6 +23,7 @@ from lora_ortho.problem import Place, Problem
 if TYPE_CHECKING:
     from lora_ortho.triton_kernels.launch import Factors
 
+OLDEST = (3, 6)  # as in pyproject.toml
 MAX_RANK = 256
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -35,9 +36,12 @@ def unavailable() -> str | None:
 @functools.cache
 def _reason() -> str | None:
     try:
-        importlib.import_module("triton")
+        version: str = importlib.import_module("triton").__version__
     except ImportError as error:
         return f"triton cannot be imported: {error}"
+    if tuple(int(word) for word in version.split(".")[:2]) < OLDEST:
+        oldest = ".".join(map(str, OLDEST))
+        return f"triton {version} is older than {oldest}, which the kernels are written for"
     if not interpreted() and not torch.cuda.is_available():
         return "torch sees no NVIDIA or AMD GPU (torch.cuda.is_available() is False)"
     return None
