@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import os
 import re
 import shutil
@@ -151,6 +152,17 @@ def test_make_says_first_what_it_will_download(target: str, extras: str, tmp_pat
         assert re.search(rf"\b{size} (and [\d.]+ )?GB", readme), size
     # The compiler's steps go where this command's errors go.
     assert "LORA_ORTHO_PROGRESS=/proc/$$/fd/2" in lines[first]
+
+
+def test_the_page_of_tested_versions_is_what_was_recorded() -> None:
+    """Every row passed, and the page is made from the file of results."""
+    recorded = json.loads((ROOT / "docs" / "matrix.json").read_text(encoding="utf-8"))
+    assert recorded
+    assert [row["failed"] for row in recorded] == [[]] * len(recorded)
+    code = "import json, environments\n"
+    code += "print(environments.page(json.load(open('docs/matrix.json'))), end='')"
+    said = run([sys.executable, "-c", code], variables={"PYTHONPATH": str(ROOT / "tools")})
+    assert said == (ROOT / "docs" / "matrix.md").read_text(encoding="utf-8")
 
 
 # ---- builds that fail

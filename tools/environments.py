@@ -37,7 +37,8 @@ MATRIX_TESTS = (
     *WHEEL_TESTS,
     *("test_reference", "test_attach", "test_attach_models", "test_attach_refusals"),
     *("test_attach_values", "test_adapters_files", "test_adapters_inject", "test_adapters_peft"),
-    *("test_export", "test_export_fold"),
+    *("test_export", "test_export_fold", "test_export_pipeline"),
+    *("test_compile", "test_settings", "test_recomputation", "test_stale_factors"),
 )
 # What the tests of PEFT's models need beside the package.
 BESIDE = ("pytest", "numpy", "peft", "transformers", "accelerate", "diffusers")
@@ -238,6 +239,10 @@ def page(rows: Sequence[Mapping[str, Any]]) -> str:
             found["date"],
         ]
         lines.append("| " + " | ".join([*cells, *map(str, numbers)]) + " |")
+    tried = {found["row"] for found in rows}
+    missing = [f"Python {r.python} with torch {r.torch}" for r in ROWS if r.python not in tried]
+    if missing:
+        lines += ["", f"Not tried yet: {', '.join(missing)}."]
     for found in rows:
         openmp = ", ".join(path.removeprefix("lib/") for path in found["openmp"])
         lines += ["", f"Python {found['python']}, torch {found['torch']}:", ""]
