@@ -49,6 +49,7 @@ def test_one_version() -> None:
     assert cited[1] == version
     said = run([sys.executable, "-c", "import lora_ortho; print(lora_ortho.__version__)"])
     assert said.split() == [version]
+    assert run([sys.executable, "-m", "lora_ortho", "--version"]).split() == ["lora-ortho", version]
 
 
 def pins(file: str) -> dict[str, Requirement]:

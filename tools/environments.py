@@ -141,7 +141,8 @@ def check(
     folder: Path, python: Path, tests: Sequence[str], environment: Mapping[str, str], *options: str
 ) -> dict[str, Any]:
     """Runs test files from a copy beside which the sources are not; what was found."""
-    shutil.copytree(ROOT / "tests", folder / "tests", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("tests", "benchmarks"):  # tests take the rule about rounding from the latter
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "MASK_STREAM.md", folder)
     done = subprocess.run(
         [str(python), "-c", FACTS],
