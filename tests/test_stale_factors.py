@@ -6,6 +6,7 @@ import copy
 from pathlib import Path
 from typing import Any
 
+import models
 import pytest
 import torch
 from packs import NEEDS_KERNELS, count_packs
@@ -168,6 +169,28 @@ def test_pefts_hot_swap(tmp_path: Path) -> None:
         after = model(x)
         handle.detach()
         torch.testing.assert_close(after, model(x), rtol=1e-4, atol=1e-4)
+        assert not torch.allclose(after, before, atol=1e-2)
+
+
+def test_diffusers_hot_swap(tmp_path: Path) -> None:
+    config = {"target_modules": ["to_q", "to_v"], "init_lora_weights": False}
+    for name, rank in (("one", 3), ("two", 4)):
+        model: Any = models.unet()
+        model.add_adapter(LoraConfig(r=rank, lora_alpha=2 * rank, **config))
+        model.save_lora_adapter(tmp_path / name)
+    unet: Any = models.unet()
+    unet.enable_lora_hotswap(target_rank=4)
+    how = {"prefix": None, "weight_name": "pytorch_lora_weights.safetensors"}
+    unet.load_lora_adapter(tmp_path / "one", adapter_name="a", use_safetensors=True, **how)
+    with torch.no_grad():
+        handle = attach(unet, seed=0)
+        before = models._run_unet(unet)
+        unet.load_lora_adapter(
+            tmp_path / "two", adapter_name="a", use_safetensors=True, hotswap=True, **how
+        )
+        after = models._run_unet(unet)
+        handle.detach()
+        torch.testing.assert_close(after, models._run_unet(unet), rtol=1e-4, atol=1e-4)
         assert not torch.allclose(after, before, atol=1e-2)
 
 
