@@ -19,10 +19,11 @@ from torch.utils import checkpoint
 T = TypeVar("T")
 
 _PACK = "_checkpoint_hook.__init__.<locals>.pack_hook"
-_UNPACK = "unpack_hook"
+_UNPACK, _CHECKPOINT = "unpack_hook", "checkpoint"
 _ATTRIBUTE = "_lora_ortho_settings"  # of the object of a pass: what was used, by owner, in order
 _FILE = checkpoint.__file__
-_FUNCTION = checkpoint.CheckpointFunction
+_FORWARD = checkpoint.CheckpointFunction.forward.__code__
+_BACKWARD = checkpoint.CheckpointFunction.backward.__code__
 
 
 def is_recomputing() -> bool:
@@ -41,28 +42,38 @@ def may_be_run_again() -> bool:
     return not torch._C._is_fwd_grad_enabled() and not torch.is_inference_mode_enabled()
 
 
-def settled(owner: object, current: T) -> T | None:
+def is_custom_forward() -> bool:
+    """True inside the forward of an autograd function, where gradients may be asked for later."""
+    return not torch.is_grad_enabled() and may_be_run_again()
+
+
+def settled(owner: object, current: T) -> tuple[T | None, bool]:
     """What the call of a layer was made with in the pass that it belongs to.
 
     Args:
         owner: the layer, or what stands for it.
-        current: what a first pass uses; it is kept for when the pass is run again.
+        current: what a first pass uses; every checkpoint of torch around the call keeps it for when
+            its pass is run again.
     Returns:
-        ``current`` in a first pass, what was kept in one that is run again, and None where it
-        cannot be told which pass is run again.
+        ``current`` in a first pass, what was kept in one that is run again, and None where that
+        cannot be told; and whether a checkpoint of torch was seen.
     """
-    if is_recomputing():
-        found = _pass_run_again()
-        past = None if found is None else getattr(found, _ATTRIBUTE, {}).get(owner)
-        return None if past is None else past.again()
-    found = _first_pass()
-    if found is not None:
-        used = getattr(found, _ATTRIBUTE, None)
-        if used is None:
-            used = {}
-            setattr(found, _ATTRIBUTE, used)
-        used.setdefault(owner, _Past()).calls.append(current)
-    return current
+    again = is_recomputing()
+    if not again and not is_custom_forward() and _top_hook() is None:
+        return current, False
+    firsts, rerun = _checkpoints_around()
+    used: T | None = current
+    if again:
+        past = None if rerun is None else getattr(rerun, _ATTRIBUTE, {}).get(owner)
+        used = None if past is None else past.again()
+    if used is not None:
+        for found in firsts:
+            kept = getattr(found, _ATTRIBUTE, None)
+            if kept is None:
+                kept = {}
+                setattr(found, _ATTRIBUTE, kept)
+            kept.setdefault(owner, _Past()).calls.append(used)
+    return used, bool(firsts) or rerun is not None
 
 
 class _Past:
@@ -81,34 +92,33 @@ class _Past:
         return self.calls[min(self._next, len(self.calls)) - 1]
 
 
-def _first_pass() -> Any:
-    """The object of the checkpoint whose first pass this is; None where none is seen."""
+def _top_hook() -> Any:
+    """The innermost pack hook for saved tensors; None where there is none (0.1 us)."""
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
-    pack = hooks[0] if hooks else None
+    return hooks[0] if hooks else None
+
+
+def _checkpoints_around() -> tuple[list[Any], Any]:
+    """The checkpoints of torch that run this call for the first time, the innermost first, and the
+    one around them that runs its pass again, or None. Walks the stack: about 50 ns a frame."""
+    firsts: list[Any] = []
+    pack = _top_hook()  # of a checkpoint whose own function is on no stack: as a module's hooks
     if getattr(pack, "__qualname__", "") == _PACK and pack.__code__.co_filename == _FILE:
-        cells: Any = pack.__closure__
-        return cells[pack.__code__.co_freevars.index("frame")].cell_contents
-    if torch.is_grad_enabled() or not may_be_run_again():
-        return None
-    frame = _frame_of((_FUNCTION.forward.__code__,))
-    return None if frame is None else frame.f_locals.get("ctx")
-
-
-def _pass_run_again() -> Any:
-    """The object of the checkpoint that runs its pass again; None where none is seen."""
-    frame = _frame_of((_FUNCTION.backward.__code__,), _UNPACK)
-    if frame is None:
-        return None
-    return frame.f_locals.get("ctx" if frame.f_code is _FUNCTION.backward.__code__ else "frame")
-
-
-def _frame_of(codes: tuple[Any, ...], name: str | None = None) -> FrameType | None:
-    """The innermost running frame of one of these codes, or of that name in torch's checkpoint.py
-    (about 50 ns a frame)."""
+        firsts.append(pack.__closure__[pack.__code__.co_freevars.index("frame")].cell_contents)
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
-        code = frame.f_code
-        if code in codes or (code.co_name == name and code.co_filename == _FILE):
-            return frame
+        code, found = frame.f_code, None
+        if code is _FORWARD:
+            found = frame.f_locals.get("ctx")
+        elif code is _BACKWARD:
+            return firsts, frame.f_locals.get("ctx")
+        elif code.co_filename == _FILE and code.co_name == _UNPACK:
+            return firsts, frame.f_locals.get("frame")
+        elif code.co_filename == _FILE and code.co_name == _CHECKPOINT:
+            generator = frame.f_locals.get("gen")
+            inner = None if generator is None else generator.gi_frame
+            found = None if inner is None else inner.f_locals.get("new_frame")
+        if found is not None and all(found is not first for first in firsts):
+            firsts.append(found)
         frame = frame.f_back
-    return None
+    return firsts, None

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_ortho import backends, mask_stream, packing
-from lora_ortho._torch_internals import may_be_run_again, settled
+from lora_ortho._torch_internals import is_custom_forward, may_be_run_again, settled
 from lora_ortho.functional import constants, merge
 from lora_ortho.ops import all_plain
 from lora_ortho.packing import PackedAdapters, gain_dtype
@@ -146,9 +146,8 @@ class Mixer:
 
     def __init__(self, biased: Sequence[bool]) -> None:
         self.biased = tuple(biased)
-        self.last: Settings | None = None  # of the last forward pass, see ``settled``
-        self._prepared: PackedAdapters | None = None
-        self._prepared_for: tuple[Any, ...] = ()
+        self._kept: tuple[PackedAdapters, Mix, str | None, torch.dtype] | None = None
+        self._open: dict[Settings, list[int | Tensor]] = {}  # passes that only a backward can end
 
     def add(
         self, x: Tensor, y: Tensor, tensors: Sequence[Tensor], settings: Settings, in_place: bool
@@ -164,8 +163,6 @@ class Mixer:
         seed: int | Tensor | None = None
         if may_be_run_again():
             settings, seed = self._of_this_pass(x, settings)
-        else:
-            self.last = settings
         mix = settings.mix
         if not mix.members:
             return y
@@ -174,8 +171,8 @@ class Mixer:
         )
         if not recorded and x.dtype is y.dtype and all_plain((x, y)):
             return self._apply_prepared(x, y, tensors, settings, seed, in_place)
-        if self._prepared is not None and recorded:
-            self._prepared.expire()  # an optimiser may follow, whose work no counter shows
+        if self._kept is not None and recorded:
+            self._kept[0].expire()  # an optimiser may follow, whose work no counter shows
         gains = constants(mix.rule.gains, gain_dtype(x.device.type), x)
         seed = _drawn(settings.seed, x) if seed is None else seed
         return self._merge(x, y, tensors, mix.members, mix.rule, gains, seed, settings.place,
@@ -207,27 +204,52 @@ class Mixer:
         if settings.mix.members:
             lora_A, lora_B = self._factors(tensors, settings.mix.members)
             packing.refresh(lora_A, lora_B)
-            kept = self._prepared
-            if kept is not None and self._prepared_for[0] is settings.mix:
-                kept.pack(lora_A, lora_B, tensors)
+            kept = self._kept
+            if kept is not None and kept[1] is settings.mix:
+                kept[0].pack(lora_A, lora_B, tensors)
             elif kept is not None:
-                kept.expire()
+                kept[0].expire()
 
     def _of_this_pass(self, x: Tensor, settings: Settings) -> tuple[Settings, int | Tensor]:
         """Settings and seed of the pass that a call belongs to; a fresh seed is drawn in any case,
         as torch's dropout does when a pass is run again."""
         drawn: int | Tensor = _drawn(settings.seed, x) if settings.mix.members else 0
         current = (settings, drawn)
-        used = settled(self, current)
-        if used is current:
-            self.last = settings
-        elif used is None and self.last is not None and self.last != settings:
-            raise RuntimeError(
-                f"{_difference(self.last, settings)} between a forward pass and its recomputation, "
-                "which cannot be told whose it is: use torch.utils.checkpoint with "
-                "use_reentrant=False, or change settings only after backward"
-            )
-        return used or current
+        used, told = settled(self, current)
+        if used is None:
+            return self._reopened(settings, drawn)
+        if used is current and not told and is_custom_forward():
+            if sum(map(len, self._open.values())) >= _MOST_OPEN:
+                self._open.pop(next(iter(self._open)))
+            self._open.setdefault(settings, []).append(drawn)
+        return used
+
+    def _reopened(
+        self, settings: Settings, drawn: int | Tensor
+    ) -> tuple[Settings, int | Tensor]:
+        """A call inside a backward pass, with no checkpoint of torch around it: the recomputation
+        of another checkpoint, whose passes are told apart as far as their settings and seeds
+        differ; or, where none is open, a pass of its own."""
+        entries = [(key, seed) for key, seeds in self._open.items() for seed in seeds]
+        if len(entries) > 1:
+            others = [key for key in self._open if key != settings]
+            same = [(key, seed) for key, seed in entries if key == settings and _equal(seed, drawn)]
+            if others or not same:
+                what = _difference(others[0], settings) if others else "the random seed"
+                raise RuntimeError(
+                    f"{what} changed between forward passes whose recomputations cannot be told "
+                    "apart: use torch.utils.checkpoint, or one backward pass for each forward "
+                    "pass; for a seed, a checkpoint that restores torch's generator"
+                )
+            entries = same
+        if not entries:
+            return settings, drawn
+        key, seed = entries[0]
+        seeds = self._open[key]
+        del seeds[next(at for at, other in enumerate(seeds) if other is seed)]
+        if not seeds:
+            del self._open[key]
+        return key, seed
 
     def _merge(
         self,
@@ -291,12 +313,10 @@ class Mixer:
     def _packed(self, y: Tensor, tensors: Sequence[Tensor], settings: Settings) -> PackedAdapters:
         """What is packed for these settings, tensors and dtype; on a GPU in the memory that it had,
         as long as nothing changed but values."""
-        mix, backend = settings.mix, settings.backend
-        kept, known = self._prepared, self._prepared_for
-        if kept is not None and not (
-            known[0] is mix and known[1] == backend and known[2] is y.dtype
-        ):
-            kept = None
+        mix, backend, entry = settings.mix, settings.backend, self._kept
+        kept = None
+        if entry is not None and entry[1] is mix and entry[2:] == (backend, y.dtype):
+            kept = entry[0]
         if kept is not None and kept.holds(tensors):
             return kept
         lora_A, lora_B = self._factors(tensors, mix.members)
@@ -306,11 +326,11 @@ class Mixer:
         made = PackedAdapters(
             lora_A, lora_B, y.dtype, rule=mix.rule, backend=backend, sources=tensors
         )
-        self._prepared, self._prepared_for = made, (mix, backend, y.dtype)
+        self._kept = (made, mix, backend, y.dtype)
         return made
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"biased": self.biased, "last": None, "_prepared": None, "_prepared_for": ()}
+        return {"biased": self.biased, "_kept": None, "_open": {}}
 
 
 def checked_rates(p: Sequence[float | None] | None, count: int) -> tuple[float | None, ...]:
@@ -327,6 +347,13 @@ def _sequence(name: str, values: Any) -> Any:
     if isinstance(values, (str, bytes, dict)) or not hasattr(values, "__iter__"):
         raise TypeError(f"{name} must be a sequence of numbers, got {type(values).__name__}")
     return values
+
+
+_MOST_OPEN = 1024  # passes of one layer: of functions that never run one again, no more are kept
+
+
+def _equal(a: int | Tensor, b: int | Tensor) -> bool:
+    return int(a) == int(b)
 
 
 def _drawn(seed: int | Tensor | None, x: Tensor) -> int | Tensor:
@@ -353,4 +380,4 @@ def _difference(before: Settings, now: Settings) -> str:
         "backend": (before.backend, now.backend),
     }
     changed = [f"{name} ({a!r} to {b!r})" for name, (a, b) in parts.items() if a != b]
-    return f"{', '.join(changed)} changed"
+    return ", ".join(changed)

@@ -182,7 +182,7 @@ def _check_pass(current: tuple[Tensor, Tensor, Tensor]) -> None:
 
     Compiled code saves its inputs for backward before this can put others in their place.
     """
-    first = settled(("compiled", int(current[0][0])), current)
+    first, _ = settled(("compiled", int(current[0][0])), current)
     if first is None or first is current:
         return
     if not all(torch.equal(a, b) for a, b in zip(first, current, strict=True)):

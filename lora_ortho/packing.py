@@ -171,7 +171,7 @@ class PackedAdapters:
         )
         self._device = device
         self._forward = backends.get(self.backend).forward
-        self._packed: Any = None
+        self._kept: tuple[Stamp | None, Any] = (None, None)
         self.pack(lora_A, lora_B, sources)
 
     def pack(
@@ -184,9 +184,10 @@ class PackedAdapters:
 
         On a GPU the memory of the last pack is written again, where captured graphs read it.
         """
-        self._stamp: Stamp | None = Stamp((*lora_A, *lora_B) if sources is None else sources)
+        stamp = Stamp((*lora_A, *lora_B) if sources is None else sources)
         pack = backends.get(self.backend).pack
-        self._packed = pack(self.problem, lora_A, lora_B, out=self._packed)
+        # Together: another thread must not meet the new stamp with the old pack.
+        self._kept = (stamp, pack(self.problem, lora_A, lora_B, out=self.packed))
 
     def fits(self, lora_A: Sequence[Tensor], lora_B: Sequence[Tensor]) -> bool:
         """True if these factors have the sizes and the device that were prepared."""
@@ -197,11 +198,17 @@ class PackedAdapters:
 
     def expire(self) -> None:
         """What was packed is old from here on, whatever can be seen of it."""
-        self._stamp = None
+        self._kept = (None, self.packed)
+
+    @property
+    def packed(self) -> Any:
+        """The factors in the backend's layout."""
+        return self._kept[1]
 
     def holds(self, tensors: Sequence[Tensor]) -> bool:
         """True if these are the sources of what was packed, unchanged since."""
-        return self._stamp is not None and self._stamp.matches(tensors)
+        stamp = self._kept[0]
+        return stamp is not None and stamp.matches(tensors)
 
     def apply(
         self,
@@ -231,7 +238,7 @@ class PackedAdapters:
             self._check("base", base, (rows, problem.d_out))
         if out is not None and out is not base:
             self._check("out", out, (rows, problem.d_out))
-        y: Tensor = self._forward(self._packed, x, base, self.gains, seed, place, out)[0]
+        y: Tensor = self._forward(self.packed, x, base, self.gains, seed, place, out)[0]
         return y
 
     def _check(self, name: str, tensor: Tensor, shape: tuple[int, int]) -> None:

@@ -129,7 +129,7 @@ def test_the_cap_on_the_instruction_set_is_obeyed(monkeypatch: pytest.MonkeyPatc
     for isa in cpu.instruction_sets():
         monkeypatch.setenv(cpu.ISA_VARIABLE, isa)
         prepared = PackedAdapters(*tensors[1:3], torch.float32, backend="cpu")
-        assert prepared._packed.native.isa == isa
+        assert prepared.packed.native.isa == isa
     monkeypatch.setenv(cpu.ISA_VARIABLE, "sse9")
     with pytest.raises(ValueError, match="sse9"):
         PackedAdapters(*tensors[1:3], torch.float32, backend="cpu")

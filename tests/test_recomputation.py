@@ -176,22 +176,116 @@ class OwnCheckpoint(torch.autograd.Function):
         return None, x.grad, None
 
 
-def test_a_change_is_refused_where_the_pass_cannot_be_told() -> None:
+def own_layer(seed: int | None) -> FusedOrthoLoRALinear:
+    torch.manual_seed(0)
     pair = [Adapter(torch.randn(4, 8), torch.randn(8, 4)) for _ in range(2)]
-    layer = FusedOrthoLoRALinear(nn.Linear(8, 8), pair, seed=0, trainable=True)
-    one = torch.ones((), requires_grad=True)
+    return FusedOrthoLoRALinear(nn.Linear(8, 8), pair, seed=seed, trainable=True)
+
+
+def own_loss(layer: FusedOrthoLoRALinear, wrapped: bool) -> Tensor:
+    x, one = X.clone().requires_grad_(), torch.ones((), requires_grad=True)
     run: Any = OwnCheckpoint.apply
-    run(layer, X.clone().requires_grad_(), one).sum().backward()
-    expected = layer.adapters[0].lora_B.grad.clone()
-    layer.zero_grad()
-    layer(X).sum().backward()
-    assert torch.equal(layer.adapters[0].lora_B.grad, expected)
-    y = run(layer, X.clone().requires_grad_(), one)
+    y: Tensor = run(layer, x, one) if wrapped else layer(x)
+    return y.square().sum()
+
+
+@pytest.mark.parametrize("seed", [None, 4])
+def test_a_foreign_checkpoint_whose_pass_is_the_only_one_open(seed: int | None) -> None:
+    """Its settings and its seed are used, whatever was set since."""
+    layer, found = own_layer(seed), []
+    for wrapped in (False, True):
+        layer.zero_grad()
+        torch.manual_seed(1)
+        for sample in range(3):
+            layer.sample, layer.weights = sample, [1.0, 1.0 + sample]
+            loss = own_loss(layer, wrapped)
+            layer.sample, layer.weights = 9, [5.0, 0.0]
+            state = torch.get_rng_state()
+            loss.backward()
+            torch.set_rng_state(state)  # it draws once more, as dropout does
+        found.append([p.grad.clone() for p in layer.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_a_change_is_refused_where_the_pass_cannot_be_told() -> None:
+    layer = own_layer(seed=4)
+    first = own_loss(layer, wrapped=True)
     layer.sample, layer.weights = 3, [1.0, 2.0]
-    with pytest.raises(RuntimeError, match=r"weights .* sample \(0 to 3\) changed between"):
-        y.sum().backward()
-    layer.sample, layer.weights = 0, [1.0, 1.0]
-    run(layer, X.clone().requires_grad_(), one).sum().backward()
+    second = own_loss(layer, wrapped=True)
+    with pytest.raises(RuntimeError, match=r"weights .* sample \(0 to 3\) changed between forward"):
+        (first + second).backward()
+
+
+def test_fresh_seeds_of_passes_that_cannot_be_told_apart() -> None:
+    """Right where the checkpoint restores the generator, else refused."""
+    layer = own_layer(seed=None)
+    losses = [own_loss(layer, wrapped=True) for _ in range(2)]
+    with pytest.raises(RuntimeError, match="the random seed changed between forward passes"):
+        torch.stack(losses).sum().backward()
+
+
+def test_a_pass_inside_a_backward_hook_is_a_pass_of_its_own() -> None:
+    layer = own_layer(seed=4)
+    y = layer(X.clone().requires_grad_())
+    seen = []
+
+    def hook(grad: Tensor) -> None:
+        layer.sample = 5
+        seen.append(layer(X).detach())
+
+    y.register_hook(hook)
+    y.sum().backward()
+    assert torch.equal(seen[0], layer(X))
+
+
+def nested(outer: bool, inner: bool) -> Callable[[Any, Any, Tensor], Tensor]:
+    def run(f: Any, g: Any, x: Tensor) -> Tensor:
+        def both(u: Tensor) -> Tensor:
+            y: Tensor = g(checkpoint(f, u, use_reentrant=inner))
+            return y
+
+        return checkpoint(both, x, use_reentrant=outer)
+
+    return run
+
+
+@pytest.mark.parametrize("what", ["sample", "seed", "weights", "method", "p"])
+@pytest.mark.parametrize("inner", [False, True])
+@pytest.mark.parametrize("outer", [False, True])
+def test_nested_checkpoints(outer: bool, inner: bool, what: str) -> None:
+    """What runs again inside of what runs again has the settings of the first time."""
+    _, net, change = modules(what)
+    found: list[Tensor] = []
+    for run in (lambda f, g, x: g(f(x)), nested(outer, inner)):
+        net.zero_grad()
+        x, losses = X.clone().requires_grad_(), []
+        for draw in range(DRAWS):
+            change(draw)
+            losses.append(run(net.a, net.b, x).square().mean())
+        torch.stack(losses).sum().backward()
+        found.append(torch.cat([p.grad.flatten() for p in (x, *net.parameters())]))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-5)
+
+
+def test_a_checkpointed_model_under_a_checkpoint() -> None:
+    """As transformers' own checkpointing inside of a user's."""
+    model, net, change = attached("sample")
+    expected = gradients((model, net, change), None, True, True)
+    net.each, found = True, []
+    for outer in (False, True):
+        for inner in (False, True):
+            net.reentrant = inner
+            model.zero_grad()
+            x, losses = X.clone().requires_grad_(), []
+            for draw in range(DRAWS):
+                change(draw)
+                y = checkpoint(model, x, use_reentrant=outer)
+                losses.append(y.square().mean() / DRAWS)
+            torch.stack(losses).sum().backward()
+            grads = [x.grad, *(p.grad for p in model.parameters() if p.grad is not None)]
+            found.append(torch.cat([g.flatten() for g in grads if g is not None]))
+    for each in found:
+        torch.testing.assert_close(each, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_a_block_that_sets_its_own_samples() -> None:

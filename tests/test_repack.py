@@ -31,7 +31,7 @@ def addresses(packed: Any) -> list[int]:
 
 
 def kept_by(layer: Any) -> Any:
-    return layer._mixer._prepared._packed
+    return layer._mixer._kept[0].packed
 
 
 @pytest.mark.parametrize("trainable", [False, True])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -310,3 +311,30 @@ def test_views_of_one_storage_keep_no_more_than_their_places() -> None:
             fused_ortho_lora(x, [A[j]], [B[j]], seed=0)
     _, places = packing._storages[id(B.untyped_storage())]
     assert sorted(len(entries) for entries in places.values()) == [1, 1, 1]
+
+
+@pytest.mark.parametrize("threads", [2, 4])
+def test_threads_that_meet_changed_factors(server: Server, threads: int) -> None:
+    """Whoever comes second while the first one packs: not the new stamp with the old pack."""
+    base = nn.Linear(256, 256).requires_grad_(False)
+    pair = [Adapter(normal(32, 256), normal(256, 32)) for _ in range(2)]
+    layer = FusedOrthoLoRALinear(base, pair, method="direct", seed=0, backend=server.backend)
+    x = normal(4, 256)
+
+    def run(found: list[Tensor]) -> None:
+        with torch.no_grad():
+            found.append(layer(x))
+
+    for _ in range(20):
+        found: list[Tensor] = []
+        expected = base(x)
+        for factors in layer.adapters:
+            factors.lora_B.normal_()
+            expected = expected + x @ factors.lora_A.T @ factors.lora_B.T
+        running = [threading.Thread(target=run, args=(found,)) for _ in range(threads)]
+        for thread in running:
+            thread.start()
+        for thread in running:
+            thread.join()
+        for y in found:
+            torch.testing.assert_close(y, expected, rtol=1e-3, atol=1e-2)
