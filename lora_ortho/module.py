@@ -147,7 +147,7 @@ class FusedOrthoLoRALinear(nn.Module):
             keep_zero_weights,
         )
         self._settings = Settings(self._choice.mix(), None, Place(), None)
-        self._set(seed=seed, place=Place(stream), backend=backend)
+        self.adopt(self.planned(seed=seed, stream=stream, backend=backend))
 
     @property
     def method(self) -> str:
@@ -156,7 +156,7 @@ class FusedOrthoLoRALinear(nn.Module):
 
     @method.setter
     def method(self, method: str) -> None:
-        self._choose(method=method)
+        self.adopt(self.planned(method=method))
 
     @property
     def p(self) -> list[float | None]:
@@ -166,7 +166,7 @@ class FusedOrthoLoRALinear(nn.Module):
 
     @p.setter
     def p(self, p: Sequence[float | None] | None) -> None:
-        self._choose(p=checked_rates(p, len(self._ranks)))
+        self.adopt(self.planned(p=p))
 
     @property
     def weights(self) -> list[float]:
@@ -176,7 +176,7 @@ class FusedOrthoLoRALinear(nn.Module):
 
     @weights.setter
     def weights(self, weights: Sequence[float]) -> None:
-        self._choose(weights=tuple(finite_numbers("weights", weights, len(self._ranks))))
+        self.adopt(self.planned(weights=weights))
 
     @property
     def keep_zero_weights(self) -> bool:
@@ -185,7 +185,7 @@ class FusedOrthoLoRALinear(nn.Module):
 
     @keep_zero_weights.setter
     def keep_zero_weights(self, keep: bool) -> None:
-        self._choose(keep_zero_weights=bool(keep))
+        self.adopt(self.planned(keep_zero_weights=bool(keep)))
 
     @property
     def seed(self) -> int | None:
@@ -194,7 +194,7 @@ class FusedOrthoLoRALinear(nn.Module):
 
     @seed.setter
     def seed(self, seed: int | None) -> None:
-        self._set(seed=seed)
+        self.adopt(self.planned(seed=seed))
 
     @property
     def stream(self) -> int:
@@ -203,7 +203,7 @@ class FusedOrthoLoRALinear(nn.Module):
 
     @stream.setter
     def stream(self, stream: int) -> None:
-        self._set(place=self._settings.place._replace(stream=stream))
+        self.adopt(self.planned(stream=stream))
 
     @property
     def sample(self) -> int:
@@ -212,7 +212,7 @@ class FusedOrthoLoRALinear(nn.Module):
 
     @sample.setter
     def sample(self, sample: int) -> None:
-        self._set(place=self._settings.place._replace(sample=sample))
+        self.adopt(self.planned(sample=sample))
 
     @property
     def backend(self) -> str | None:
@@ -221,24 +221,43 @@ class FusedOrthoLoRALinear(nn.Module):
 
     @backend.setter
     def backend(self, backend: str | None) -> None:
-        self._set(backend=backend)
+        self.adopt(self.planned(backend=backend))
 
     @property
     def mix(self) -> Mix:
         """What follows from method, rates and weights: who takes part, at which rates and gains."""
         return self._settings.mix
 
-    def _choose(self, **changes: Any) -> None:
-        """Other constants of the mix; checked before anything is changed."""
-        choice = self._choice._replace(**changes)
-        self._set(mix=choice.mix())
-        self._choice = choice
+    def planned(self, **changes: Any) -> tuple[Choice, Settings]:
+        """What :meth:`adopt` would take, with nothing changed yet.
 
-    def _set(self, **changes: Any) -> None:
-        """Other settings; checked before anything is changed. Those of a pass are never changed."""
-        settings = self._settings._replace(**changes).checked(self.out_features)
-        self._settings = settings
-        self._traced = Traced(settings, self._tensors()[0].device)
+        Args:
+            changes: method, p, weights, keep_zero_weights, seed, stream, sample, backend; all of
+                them together, so that what fits together need not fit one by one.
+        Raises:
+            TypeError, ValueError: by the name of what does not fit.
+        """
+        chosen: dict[str, Any] = {}
+        count, settings = len(self._ranks), self._settings
+        for name, value in changes.items():
+            if name == "p":
+                chosen[name] = checked_rates(value, count)
+            elif name == "weights":
+                chosen[name] = tuple(finite_numbers("weights", value, count))
+            elif name in Choice._fields:
+                chosen[name] = value
+            elif name in Place._fields:
+                settings = settings._replace(place=settings.place._replace(**{name: value}))
+            else:
+                settings = settings._replace(**{name: value})
+        choice = self._choice._replace(**chosen) if chosen else self._choice
+        mix = choice.mix() if chosen else settings.mix
+        return choice, settings._replace(mix=mix).checked(self.out_features)
+
+    def adopt(self, plan: tuple[Choice, Settings]) -> None:
+        """Takes what :meth:`planned` gave. Settings that a pass used are never written over."""
+        self._choice, self._settings = plan
+        self._traced = Traced(self._settings, self._tensors()[0].device)
 
     @property
     def weight(self) -> Tensor:

@@ -231,7 +231,8 @@ def test_a_pass_inside_a_backward_hook_is_a_pass_of_its_own() -> None:
 
     def hook(grad: Tensor) -> None:
         layer.sample = 5
-        seen.append(layer(X).detach())
+        with torch.enable_grad():
+            seen.append(layer(X).detach())
 
     y.register_hook(hook)
     y.sum().backward()

@@ -212,3 +212,31 @@ def test_numpy_integers_are_integers(kind: Any) -> None:
     assert torch.equal(layer(X), expected)
     for _, handle, _ in handles([1.0, 1.0, 1.0]):
         handle.set(seed=kind(3), sample=kind(2))
+
+
+def test_settings_that_fit_together_need_not_fit_one_by_one() -> None:
+    for model, handle, base in handles([1.0, 1.0, 1.0], method="dropout", p=[0.2, 0.2, 0.2]):
+        handle.set(method="orthogonal", p=[0.5, 0.75, 0.75])
+        stream = assign_streams(["", "0"])["0"]
+        expected = formula(
+            base(X), adapters(), [1.0] * 3, [0.5, 0.75, 0.75], "orthogonal", [0, 1, 2], stream
+        )
+        torch.testing.assert_close(model(X), expected, rtol=1e-4, atol=1e-4)
+        handle.set(p=[0.0, 0.5, 0.5], weights=[1.0, 0.0, 0.0])
+
+
+def test_a_refused_set_changes_no_layer() -> None:
+    """One that fits the first layer and not the second, where more adapters meet."""
+    model = nn.Sequential(nn.Linear(D_IN, D_OUT), nn.Linear(D_OUT, D_IN))
+    parts = adapters()
+    back = [Adapter(torch.randn(4, D_OUT), torch.randn(D_IN, 4)) for _ in range(3)]
+    loaded = [
+        LoadedAdapter(str(j), {"1": back[j], **({"0": parts[j]} if j < 2 else {})}, Path(str(j)))
+        for j in range(3)
+    ]
+    handle = inject(model, loaded, seed=SEED, p=[0.1, 0.7, 0.9], weights=[1.0, 0.0, 1.0])
+    before = model(X), [(layer.p, layer.weights) for layer in handle.layers.values()]
+    with pytest.raises(ValueError, match=r"layer 1: .*smallest admissible"):
+        handle.set(p=[0.5, 0.5, 0.5], weights=[1.0, 1.0, 1.0], sample=4)
+    assert torch.equal(model(X), before[0])
+    assert [(layer.p, layer.weights) for layer in handle.layers.values()] == before[1]

@@ -81,20 +81,20 @@ class Injection(Handle):
                 changes[name] = numbers
                 if numbers is not None or name == "weights":
                     each[name] = finite_numbers(name, numbers, self._count)
-        layers = self.layers.values()
-        before = {layer: {name: getattr(layer, name) for name in changes} for layer in layers}
-        try:
-            for name, layer in self.layers.items():
-                for setting, value in changes.items():
-                    if setting in each:
-                        value = [each[setting][index] for index in self._members[name]]
-                    if getattr(layer, setting) != value:  # a change packs anew
-                        setattr(layer, setting, value)
-        except (TypeError, ValueError):
-            for layer, values in before.items():
-                for setting, value in values.items():
-                    setattr(layer, setting, value)
-            raise
+        plans = []
+        for name, layer in self.layers.items():
+            own = {
+                setting: [each[setting][index] for index in self._members[name]]
+                if setting in each
+                else value
+                for setting, value in changes.items()
+            }
+            try:
+                plans.append((layer, layer.planned(**own)))
+            except ValueError as error:
+                raise ValueError(f"layer {name}: {error}") from error
+        for layer, plan in plans:
+            layer.adopt(plan)
         return self
 
     def refresh(self) -> None:
