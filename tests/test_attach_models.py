@@ -242,7 +242,10 @@ def test_exported_and_traced(how: str) -> None:
         model = model.unload()
         handle = lora_ortho.inject(model, loaded, seed=1)
     with handle:
-        programs = [torch.export.export(model, (X,), strict=strict) for strict in (False, True)]
+        programs = [torch.export.export(model, (X,), strict=False)]
+        if torch.__version__.startswith("2.8."):  # whose strict export takes no model with a hook
+            model(X)  # the first pass, after which ours is gone
+        programs.append(torch.export.export(model, (X,), strict=True))
         trace: Any = torch.jit.trace
         traced = trace(model, X, check_trace=False)
         expected = model(X)
