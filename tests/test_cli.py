@@ -80,6 +80,10 @@ def test_inspect_says_which_dominates(
     assert words in capsys.readouterr().out
     assert main(["inspect", folders[0], third, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["dominant"] == "three"
+    zero = str(write(tmp_path / "zero", factors={k: 0 * v for k, v in tensors().items()}))
+    assert main(["inspect", folders[0], zero]) == 0
+    words = "dominates: over layers that adapters share, the updates of zero are 0"
+    assert words in capsys.readouterr().out
 
 
 def test_inspect_says_what_does_not_fit(

@@ -241,14 +241,14 @@ def test_which_adapter_dominates() -> None:
         two = {n: replace(layers[n][1], scaling=scale * layers[n][1].scaling) for n in ("a", "b")}
         return two, inspect([one, made("two", two), made("three", {"c": random_adapter(2, 9)})])
 
-    for scale in (0.1, 1.0, 10.0):
+    for scale in (0.0, 0.1, 1.0, 10.0):
         two, found = report(scale)
         for index, parts in enumerate((one.layers, two)):
             norms = [float(full(parts[name]).norm()) for name in ("a", "b")]
             summary = found.adapters[index]
             assert summary.shared_layers == 2
             assert summary.shared_norm == pytest.approx(math.hypot(*norms))
-        assert found.dominant == {0.1: "one", 1.0: None, 10.0: "two"}[scale]
+        assert found.dominant == {0.0: "one", 0.1: "one", 1.0: None, 10.0: "two"}[scale]
         stronger = [
             float(full(one.layers[name]).norm() > full(two[name]).norm()) for name in ("a", "b")
         ]

@@ -215,8 +215,10 @@ def _verdict(report: Report) -> str:
 def _balance_sentence(report: Report) -> str:
     order = sorted((a for a in report.adapters if a.shared_layers), key=lambda a: -a.shared_norm)
     first, second = order[:2]
-    by = f" {number(first.shared_norm / second.shared_norm)} times" if second.shared_norm else ""
     who = "no adapter dominates" if report.dominant is None else f"{report.dominant} dominates"
+    if not second.shared_norm:
+        return f"{who}: over layers that adapters share, the updates of {second.name} are 0"
+    by = f" {number(first.shared_norm / second.shared_norm)} times"
     return (
         f"{who}: over layers that adapters share, the updates of {first.name} are{by} as large as "
         f"those of {second.name} (norms {number(first.shared_norm)} and "

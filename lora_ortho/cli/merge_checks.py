@@ -35,7 +35,8 @@ def check_config(config: MergeConfig, kind: str, progress: Progress) -> None:
         if config.prompt is None:
             raise CliError("nothing to run: give a prompt")
         if config.texts:
-            raise CliError("texts are for language models; a pipeline has no loss to take on them")
+            reason = "texts are for language models; a pipeline has no loss to take on them"
+            raise CliError(reason + _taken_for_images(config))
     elif not config.texts and config.prompt is None:
         raise CliError("nothing to run: give a prompt, or texts to take the loss on")
     for name in config.texts:
@@ -97,12 +98,23 @@ def _check_backend(config: MergeConfig, device: torch.device, kind: str) -> None
         raise CliError(f"backend {config.backend!r} cannot serve this merge: {reason}")
 
 
+def _taken_for_images(config: MergeConfig) -> str:
+    """What to add to an error where the kind was guessed for want of a folder to look into."""
+    if config.kind is not None or not config.pipe_id or config.local(config.pipe_id):
+        return ""
+    return (
+        f" (pipe_id {config.pipe_id} is no folder here, so it is taken for a pipeline on a hub; "
+        f'kind = "language" for a language model there)'
+    )
+
+
 def _layers(config: MergeConfig, lora: Lora, kind: str) -> set[str]:
     """Names of the layers of an adapter, as its file has them; the file is checked."""
     path = config.adapter_path(lora)
     if kind == "image":
         if path.is_dir() or path.suffix != ".safetensors":
-            raise CliError(f"{path}: an adapter of a pipeline is a .safetensors file")
+            reason = f"{path}: an adapter of a pipeline is a .safetensors file"
+            raise CliError(reason + _taken_for_images(config))
         return file_layers(path)
     # Names of single files may be resolved by the model alone; a folder's are the layers' own.
     return set(load_adapter(path).layers) if path.is_dir() else file_layers(path)

@@ -195,9 +195,9 @@ def _summary(adapter: LoadedAdapter, norm: float, layers: Sequence[Layer]) -> Su
 
 def _dominant(summaries: Sequence[Summary]) -> str | None:
     order = sorted((s for s in summaries if s.shared_layers), key=lambda s: -s.shared_norm)
-    if len(order) < 2 or not order[0].shared_norm >= _DOMINANT * order[1].shared_norm > 0.0:
+    if len(order) < 2 or order[0].shared_norm == 0.0:
         return None
-    return order[0].name
+    return order[0].name if order[0].shared_norm >= _DOMINANT * order[1].shared_norm else None
 
 
 def _remarks(adapters: Sequence[LoadedAdapter], norms: Mapping[str, float]) -> list[str]:
