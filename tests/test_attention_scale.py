@@ -83,6 +83,44 @@ def test_after_an_error() -> None:
         assert torch.equal(run("unet", bare, None), expected)
 
 
+def test_after_an_interruption() -> None:
+    """torch calls no hooks after Ctrl-C; the next call has its own scale all the same."""
+    model = adapted("unet")
+    loaded, bare = adapters_of(model), SUBJECTS["unet"].make()
+
+    def interrupt(*_: Any) -> None:
+        hook.remove()
+        raise KeyboardInterrupt
+
+    with inject(bare, loaded, method="direct") as handle:
+        for weights in ([1.0, 1.0], [2.0, -1.0]):
+            model.set_adapters(["one", "two"], weights)
+            hook = bare.get_submodule("conv_out").register_forward_pre_hook(interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                run("unet", bare, 0.5)
+            handle.set(weights=weights)
+            for scale in (None, 0.25, None):
+                expected = run("unet", model, scale)
+                torch.testing.assert_close(run("unet", bare, scale), expected, rtol=1e-9, atol=1e-9)
+                assert all(layer.weights == weights for layer in handle.layers.values())
+
+
+def test_settings_changed_during_a_call() -> None:
+    """They stay, and the scale of the call counts besides."""
+    model = adapted("unet")
+    loaded, bare = adapters_of(model), SUBJECTS["unet"].make()
+    model.set_adapters(["one", "two"], [2.0, -1.0])
+    with inject(bare, loaded, method="direct") as handle:
+        hook = bare.get_submodule("conv_in").register_forward_pre_hook(
+            lambda *_: (handle.set(weights=[2.0, -1.0]), None)[1]
+        )
+        for scale in (0.5, None):
+            expected = run("unet", model, scale)
+            torch.testing.assert_close(run("unet", bare, scale), expected, rtol=1e-9, atol=1e-9)
+        hook.remove()
+        assert all(layer.weights == [2.0, -1.0] for layer in handle.layers.values())
+
+
 def test_weights_of_the_handle_count_besides() -> None:
     model = adapted("unet")
     loaded, bare = adapters_of(model), SUBJECTS["unet"].make()

@@ -31,8 +31,12 @@ def argument_of(model: nn.Module) -> str | None:
 class ScaleHook:
     """Scales the adapters inside one model by what its call says, and back afterwards.
 
+    torch calls no hook at the end of a call that Ctrl-C or another ``BaseException`` interrupts;
+    what such a call leaves, the next one puts right.
+
     Args:
         model: whose `argument` may hold a "scale".
+        number: of the model, among those around the adapters.
         adapters: those inside of it.
         deaf: a layer elsewhere that diffusers would scale too, but does not say so; such a call is
             refused. None where there is none.
@@ -41,11 +45,13 @@ class ScaleHook:
     def __init__(
         self,
         model: nn.Module,
+        number: int,
         argument: str,
         adapters: Sequence[LayerAdapters],
         deaf: str | None,
     ) -> None:
-        self._argument, self._adapters, self._deaf = argument, list(adapters), deaf
+        self._number, self._argument = number, argument
+        self._adapters, self._deaf = list(adapters), deaf
         self._hooks = [
             model.register_forward_pre_hook(self._scale, with_kwargs=True),
             model.register_forward_hook(self._reset, always_call=True),
@@ -54,20 +60,18 @@ class ScaleHook:
     def _scale(self, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         given = kwargs.get(self._argument)
         scale = 1.0 if given is None else given.get("scale", 1.0)
-        if scale == 1.0:
-            return
-        if self._deaf is not None:
+        if scale != 1.0 and self._deaf is not None:
             raise ValueError(
                 f"{self._argument}: a scale of {scale} does not reach the adapters of "
                 f"{self._deaf}, which diffusers would scale too; set weights on the handle, or "
                 f"attach to PEFT's layers"
             )
         for adapters in self._adapters:
-            adapters.scale_by(scale)
+            adapters.scale_by(scale, self._number)
 
     def _reset(self, model: nn.Module, args: Any, output: Any) -> None:
         for adapters in self._adapters:
-            adapters.unscale()
+            adapters.scale_by(1.0, self._number)
 
     def remove(self) -> None:
         """Takes the hooks out; a second call does nothing."""
@@ -101,10 +105,11 @@ def scale_hooks(
     return [
         ScaleHook(
             model,
+            number,
             str(argument_of(model)),
             [adapters[name] for name in sorted(inside[key])],
             deaf[0] if deaf and "" not in parts else None,
         )
-        for key, model in models.items()
+        for number, (key, model) in enumerate(models.items())
         if inside[key] or (deaf and "" not in parts)
     ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 from typing import Any, cast
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from lora_ortho.mixing import Choice, Settings, Traced
 from lora_ortho.module import Adapter, FusedOrthoLoRALinear
-from lora_ortho.problem import DTYPES
+from lora_ortho.problem import DTYPES, finite_numbers
 
 from .convolution import Sizes, convolve, selectors
 from .in_place import ADAPTERS, InPlace, enter, leave, own_forward, plain_view
@@ -30,6 +31,8 @@ class LayerAdapters(FusedOrthoLoRALinear):
         adapters, settings: as for `FusedOrthoLoRALinear`.
     """
 
+    _unscaled: tuple[Settings, Traced] | None = None  # those without scales, while there are any
+
     def __init__(self, name: str, layer: Any, adapters: Sequence[Adapter], **settings: Any) -> None:
         sizes = Sizes(adapters[0].lora_A.shape[1], adapters[0].lora_B.shape[0])
         super().__init__(sizes, adapters, **settings)
@@ -40,7 +43,7 @@ class LayerAdapters(FusedOrthoLoRALinear):
         self.name, self.mark = name, Mark()
         # Not registered: the layer holds this module, not the other way round.
         self.__dict__["_layer"], self._plain = layer, type(layer)
-        self._unscaled: tuple[Choice, Settings, Traced] | None = None
+        self._scales: dict[int, float] = {}  # other than 1, by the number of the model called so
         self._owned = type(layer) is nn.Linear  # its output belongs to nobody else
 
     @property
@@ -64,19 +67,56 @@ class LayerAdapters(FusedOrthoLoRALinear):
             found: Tensor = fn(tensor)
             return found if found.dtype in DTYPES else tensor.to(found.device)
 
-        return super()._apply(moved, recurse)
-
-    def scale_by(self, scale: float) -> None:
-        """Multiplies all weights, until `unscale`: for one pass of a model that is called so."""
-        if self._unscaled is None:  # else a call inside of a call
-            self._unscaled = self._choice, self._settings, self._traced
-        self.weights = [scale * weight for weight in self.weights]
-
-    def unscale(self) -> None:
-        """Puts back what was before; without a scale does nothing."""
+        super()._apply(moved, recurse)
         if self._unscaled is not None:
-            self._choice, self._settings, self._traced = self._unscaled
-            self._unscaled = None
+            self._unscaled = self._unscaled[0], self._for_tracing(self._unscaled[0])
+        return self
+
+    def scale_by(self, scale: float, model: int) -> None:
+        """Multiplies all weights while a model is called so; 1 when the call has ended.
+
+        What is set meanwhile stays, and is multiplied too.
+
+        Args:
+            model: the number of the model that is called, among those around the layer.
+        """
+        if self._scales.get(model, 1.0) == scale:
+            return
+        scales = {number: other for number, other in self._scales.items() if number != model}
+        if scale != 1.0:
+            scales[model] = scale
+        weights = self._scaled(scales)
+        if self._unscaled is not None:
+            self._settings, self._traced = self._unscaled
+        self._scales, self._unscaled = scales, None
+        self._scale_to(weights)
+
+    def _scaled(self, scales: dict[int, float]) -> tuple[float, ...]:
+        """The weights of now, multiplied; ValueError unless they are finite."""
+        factor = prod(scales.values())
+        weights = [factor * weight for weight in self.weights]
+        return tuple(finite_numbers("weights", weights, len(weights)))
+
+    def _scale_to(self, weights: tuple[float, ...]) -> None:
+        if self._scales:
+            self._unscaled = self._settings, self._traced
+            mix = self._choice._replace(weights=weights).mix()
+            self._settings = self._settings._replace(mix=mix)
+            self._traced = self._for_tracing(self._settings)
+
+    def _for_tracing(self, settings: Settings) -> Traced:
+        return Traced(settings, self._tensors()[0].device)
+
+    def planned(self, **changes: Any) -> tuple[Choice, Settings]:
+        """See `FusedOrthoLoRALinear`; without the scale of a call that is made now."""
+        choice, settings = super().planned(**changes)
+        return choice, settings if self._unscaled is None else settings._replace(mix=choice.mix())
+
+    def adopt(self, plan: tuple[Choice, Settings]) -> None:
+        """See `FusedOrthoLoRALinear`; the scale of a call that is made now counts besides."""
+        super().adopt(plan)
+        if self._unscaled is not None:
+            self._scale_to(self._scaled(self._scales))
 
     def put(self) -> None:
         """Makes the layer one that adds these adapters."""
