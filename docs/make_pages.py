@@ -146,7 +146,10 @@ def support() -> str:
             (name, fused if name == "Linear" else delta, _BASES.get(name, "a quantised base"))
             for name in sorted(peft_layers.LINEAR, key=lambda name: (name != "Linear", name))
         ),
-        *((name, convolution, "without groups") for name in sorted(peft_layers.CONVOLUTIONS)),
+        *(
+            (name, convolution, "without groups or dilation")
+            for name in sorted(peft_layers.CONVOLUTIONS)
+        ),
         *((name, "refused", why) for name, why in sorted(peft_layers.REFUSED_LAYERS.items())),
         ("any other", "refused", "not known to this package"),
     ]
@@ -161,8 +164,8 @@ def support() -> str:
         f'is an error, or with `on_unsupported="skip"` left to PEFT and reported as {skipped}.',
         _table(("layer of PEFT", "served as", "note"), layers),
         "Refused besides, whatever the layer: variants of LoRA (DoRA and others, by "
-        "`lora_variant`), merged layers, convolutions with groups, a forward that somebody put on "
-        "the layer itself (hooks of accelerate are served).",
+        "`lora_variant`), merged layers, convolutions with groups or a dilation, a forward that "
+        "somebody put on the layer itself (hooks of accelerate are served).",
         "## Layers that their parent does not call",
         "These parents read the weights of a layer, so an adapter there would do nothing, with "
         "PEFT as well: `attach` and `inject` refuse or skip it. Any other layer that no forward "

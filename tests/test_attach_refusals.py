@@ -129,6 +129,17 @@ def test_grouped_convolution() -> None:
         assert list(handle.layers) == ["1"]
 
 
+def test_dilated_convolution() -> None:
+    """PEFT's own layer of it fails at its first call."""
+    base = nn.Sequential(nn.Conv2d(4, 8, 3, dilation=2), nn.Conv2d(8, 6, 1, dilation=2))
+    model = peft.get_peft_model(base, peft.LoraConfig(r=4, target_modules=["0", "1"]), "one")
+    with pytest.raises(RuntimeError, match="size of tensor"):
+        model(torch.ones(1, 4, 9, 9))
+    refused(model, "layer 0", "a convolution with a dilation of (2, 2), which PEFT's lora_A lacks")
+    with attach(model, on_unsupported="skip") as handle:
+        assert list(handle.layers) == ["1"]
+
+
 def test_another_forward_on_the_layer_itself() -> None:
     """No class is asked for its forward then; accelerate's hooks, which do ask, are served."""
     model = make()

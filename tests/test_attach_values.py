@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -9,7 +10,8 @@ import torch
 from peft_models import Small, X, layer, make
 from torch import Tensor, nn
 
-from lora_ortho import attach
+from lora_ortho import attach, inject
+from lora_ortho.adapters import adapters_of
 
 
 def gradients(model: Any, x: Tensor) -> dict[str, Tensor | None]:
@@ -196,3 +198,43 @@ def test_hooks_of_accelerate() -> None:
     with attach(model, method="direct") as handle:
         assert handle.report[-1].how == "base + delta"
         torch.testing.assert_close(model(X), expected, rtol=1e-5, atol=1e-5)
+
+
+class Pixels(nn.Module):
+    """One convolution of (2, 3, 9, 9)."""
+
+    def __init__(self, **fields: Any) -> None:
+        super().__init__()
+        self.image = nn.Conv2d(3, 4, 3, **fields).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.image(x)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"padding": 1, "padding_mode": "reflect"},
+        {"padding": (2, 1), "padding_mode": "circular", "stride": 2},
+        {"padding": "same", "padding_mode": "replicate"},
+        {"padding": "same", "dilation": 2},
+    ],
+)
+def test_convolutions_run_as_with_peft(fields: dict[str, Any]) -> None:
+    """PEFT's lora_A pads with zeros and is not dilated, whatever the layer is."""
+    torch.manual_seed(0)
+    base = Pixels(**fields)
+    plain = copy.deepcopy(base)
+    model = make("one", "two", base=base, target_modules=["image"]).double()
+    x = torch.randn(2, 3, 9, 9, dtype=torch.float64)
+    with torch.no_grad():
+        direct = model(x)
+        with attach(model, seed=3) as handle:
+            masked, attached = model(x), handle.report
+        with inject(plain, adapters_of(model), seed=3) as injection:
+            torch.testing.assert_close(plain(x), masked, rtol=1e-9, atol=1e-9)
+            injection.set(method="direct")
+            torch.testing.assert_close(plain(x), direct, rtol=1e-9, atol=1e-9)
+            mode = fields.get("padding_mode")
+            for entry in (*attached, *injection.report):
+                assert (f"the layer pads with {mode!r}, its adapters" in entry.reason) == bool(mode)

@@ -39,13 +39,25 @@ def _selectors(
 _remembered = lru_cache(maxsize=256)(_selectors)
 
 
+def why_not_dilated(base: Any) -> str | None:
+    """Why PEFT's layer of a dilated convolution cannot be called; None where it can.
+
+    Its lora_A is not dilated, so the sizes of its outputs differ unless padding makes up for it.
+    """
+    grown = any(d != 1 and k != 1 for d, k in zip(base.dilation, base.kernel_size, strict=True))
+    if grown and base.padding != "same":
+        return f"a convolution with a dilation of {tuple(base.dilation)}, which PEFT's lora_A lacks"
+    return None
+
+
 def convolve(base: Any, x: Tensor, kernel: Tensor) -> Tensor:
-    """What the base does to x, with another kernel and no bias."""
-    if base.padding_mode != "zeros":
-        x = nn.functional.pad(x, base._reversed_padding_repeated_twice, mode=base.padding_mode)
-    padding = base.padding if base.padding_mode == "zeros" else 0
+    """What PEFT's lora_A does to x beside this base: its stride and padding, but of zeros.
+
+    Dilated as the base is, where PEFT's, which is not, could not be called.
+    """
+    dilation = base.dilation if why_not_dilated(base) else 1
     name = {3: "conv1d", 4: "conv2d", 5: "conv3d"}[kernel.dim()]
     result: Tensor = getattr(nn.functional, name)(
-        x, kernel, None, base.stride, padding, base.dilation
+        x, kernel, None, base.stride, base.padding, dilation
     )
     return result

@@ -17,7 +17,7 @@ from lora_ortho.mixing import Choice, Mixer, Settings, Traced
 from lora_ortho.module import is_fresh
 from lora_ortho.problem import DTYPES, Place
 
-from .convolution import selectors
+from .convolution import selectors, why_not_dilated
 from .in_place import ADAPTERS, InPlace, enter, leave, own_forward, replaced_forward
 from .passes import Mark, may_write
 
@@ -309,6 +309,9 @@ def why_not(layer: Any, names: Sequence[str]) -> str | None:
             return f"adapter {name!r} is a variant of LoRA ({type(variant).__name__})"
     if is_convolution(layer) and layer.base_layer.groups > 1:
         return "a convolution with groups"
+    dilated = why_not_dilated(layer.base_layer) if is_convolution(layer) else None
+    if dilated is not None:
+        return dilated
     if replaced_forward(layer):
         return "a hook replaced the forward of PEFT's layer"
     return None

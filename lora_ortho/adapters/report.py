@@ -59,7 +59,10 @@ class LayerReport:
 def served_how(base: Any) -> tuple[str, str]:
     """How a layer with this base is served, and why it is not fused."""
     if isinstance(base, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
-        return CONVOLUTION, "a convolution"
+        if base.padding_mode == "zeros":
+            return CONVOLUTION, "a convolution"
+        padded = f"the layer pads with {base.padding_mode!r}, its adapters with zeros as PEFT's do"
+        return CONVOLUTION, f"a convolution; {padded}"
     if is_fresh(base):
         return FUSED, ""
     if type(base) is nn.Linear:
