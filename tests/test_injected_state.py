@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from models import SUBJECTS, library
+from peft_models import make
 from torch import Tensor, nn
 
 import lora_ortho
@@ -173,6 +174,52 @@ def test_copies_and_pickles() -> None:
         assert lora_ortho.detach(other) == 3
         assert torch.equal(run(other), plain)
         assert [n for n, _ in other.named_modules()] == [n for n, _ in model.named_modules()]
+
+
+class Kept(nn.Module):
+    """A model that keeps the handle on its own layers."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        if kind == "inject":
+            self.net: Any = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6))
+            parts = [Adapter(torch.randn(2, 6), torch.randn(6, 2)) for _ in range(2)]
+            found = [LoadedAdapter("x", {"0": part, "1": part}, Path("x")) for part in parts]
+            self.handle: Any = inject(self.net, found, seed=0)
+        else:
+            self.net = make()
+            self.handle = lora_ortho.attach(self.net, seed=0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            return self.net(x)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("called", [False, True])
+@pytest.mark.parametrize("kind", ["attach", "inject"])
+def test_handles_are_copied_with_their_model(kind: str, called: bool) -> None:
+    model, x = Kept(kind), torch.randn(4, 7, 6)
+    if called:
+        model(x)
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    for other in (copy.deepcopy(model), torch.load(buffer, weights_only=False)):
+        expected = model(x)
+        assert torch.equal(other(x), expected)
+        inside = dict(other.net.named_modules())
+        assert list(other.handle.layers) == list(model.handle.layers)
+        found = [getattr(part, "layer", part) for part in other.handle.layers.values()]
+        assert {id(part) for part in found} <= {id(part) for part in inside.values()}
+        other.handle.set(seed=1)
+        assert not torch.equal(other(x), expected)
+        assert torch.equal(model(x), expected)
+        assert {e.how for e in other.handle.report} == {e.how for e in model.handle.report}
+        other.handle.detach()
+        assert lora_ortho.detach(other.net) == 0
+        assert torch.equal(model(x), expected)
+    with pytest.raises(TypeError, match="item assignment"):
+        model.handle.layers["x"] = model
 
 
 def test_factors_move_with_the_model() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
-from types import MappingProxyType
 from typing import Any
 
 from torch import nn
@@ -28,7 +27,7 @@ from .peft_checks import (
     warn_of_changed_bases,
 )
 from .peft_layers import LayerMerge, Shared
-from .report import SKIPPED, Handle, LayerReport, served_how
+from .report import SKIPPED, Handle, LayerReport, Layers, served_how
 
 _KEEP: Any = object()  # "leave this setting as it is"; None means something else
 
@@ -57,7 +56,7 @@ class Attachment(Handle):
                 marked[name] = (layer, merge.mark)
         super().__init__(report, Passes(components(model), marked))
         self.model = model
-        self.layers: Mapping[str, nn.Module] = MappingProxyType(dict(layers))
+        self.layers: Mapping[str, nn.Module] = Layers(layers)
         self._shared = shared
         self._activated = activated  # layers, and what was active on them before
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from math import prod
-from types import MappingProxyType
 from typing import Any
 
 from torch import nn
@@ -19,7 +18,7 @@ from .components import components, named
 from .injected import ConvolutionAdapters, LayerAdapters
 from .loaded import LoadedAdapter, checked_adapters
 from .passes import Passes
-from .report import FUSED, SKIPPED, Handle, LayerReport, served_how
+from .report import FUSED, SKIPPED, Handle, LayerReport, Layers, served_how
 from .sites import Site, Sites
 from .targets import Shape
 
@@ -47,7 +46,7 @@ class Injection(Handle):
         marked = {name: (one.layer, one.mark) for name, one in layers.items()}
         super().__init__(report, Passes(parts, marked))
         self.model = model
-        self.layers: Mapping[str, LayerAdapters] = MappingProxyType(layers)
+        self.layers: Mapping[str, LayerAdapters] = Layers(layers)
         self._members = members  # which adapters, by index, each layer has
         self._count = 1 + max(index for indices in members.values() for index in indices)
         self._scales = scale_hooks(parts, layers)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any, TypeVar
@@ -21,6 +21,7 @@ SKIPPED = "skipped"
 UNREACHED = "not reached"
 
 _Self = TypeVar("_Self", bound="Handle")
+_Layer = TypeVar("_Layer", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -70,8 +71,31 @@ def served_how(base: Any) -> tuple[str, str]:
     return DELTA, f"the base layer is a {type(base).__name__}"
 
 
+class Layers(Mapping[str, _Layer]):
+    """Layers by qualified name, to be read only; unlike a ``mappingproxy`` copied and pickled."""
+
+    def __init__(self, layers: Mapping[str, _Layer]) -> None:
+        self._layers = dict(layers)
+
+    def __getitem__(self, name: str) -> _Layer:
+        return self._layers[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._layers)
+
+    def __len__(self) -> int:
+        return len(self._layers)
+
+    def __repr__(self) -> str:
+        return repr(self._layers)
+
+
 class Handle(ABC):
-    """Something put into a model: a context manager that takes it out at the end."""
+    """Something put into a model: a context manager that takes it out at the end.
+
+    Copied or pickled with the model, as an attribute of a module that holds both, it is a handle on
+    the copy.
+    """
 
     def __init__(self, report: Iterable[LayerReport], passes: Passes) -> None:
         self._report = tuple(sorted(report, key=lambda entry: entry.name))
