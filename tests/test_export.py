@@ -464,6 +464,55 @@ def test_existing_folder(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["refused"]
 
 
+@pytest.mark.parametrize(
+    "strange",
+    ["thesis.txt", "other.safetensors", "unet/config.json", "unet/deep/adapter_config.json", "x/"],
+)
+def test_force_replaces_adapters_alone(tmp_path: Path, strange: str) -> None:
+    model, folder = make(), tmp_path / "refused"
+    folder.mkdir()
+    export(model, folder, force=True)  # an empty one
+    (folder / "README.md").write_text("the card that PEFT writes", encoding="utf-8")
+    for part in ("unet", "text_encoder"):
+        export(model, folder / part)
+    export(model, folder, force=True)
+    assert sorted(os.listdir(folder)) == ["adapter_config.json", "adapter_model.safetensors"]
+    export(model, folder / "unet")
+    (folder / strange).parent.mkdir(exist_ok=True)
+    if strange.endswith("/"):
+        (folder / strange).mkdir()
+    else:
+        (folder / strange).write_text("precious", encoding="utf-8")
+    before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    first = "/".join(strange.split("/")[:2]).rstrip("/")
+    refused(tmp_path, model, FileExistsError, str(folder / first), "no part of an", force=True)
+    assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()} == before
+
+
+def test_force_replaces_no_file_and_no_readme(tmp_path: Path) -> None:
+    model, path = make(), tmp_path / "refused"
+    path.write_text("precious", encoding="utf-8")
+    refused(tmp_path, model, FileExistsError, "refused is no part of an exported", force=True)
+    assert path.read_text(encoding="utf-8") == "precious"
+    path.unlink()
+    path.mkdir()
+    (path / "README.md").write_text("precious", encoding="utf-8")
+    refused(tmp_path, model, FileExistsError, "README.md is no part of an exported", force=True)
+    assert (path / "README.md").read_text(encoding="utf-8") == "precious"
+
+
+@pytest.mark.parametrize("path", [".", "", "..", "/", "../here"])
+@pytest.mark.parametrize("force", [False, True])
+def test_the_working_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str, force: bool
+) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(ValueError, match="path must be a folder to be made"):
+        export(make(), path, force=force)
+    assert list(tmp_path.rglob("*")) == [tmp_path / "here"]
+
+
 @pytest.mark.parametrize("force", [False, True])
 def test_a_failure_on_the_way_leaves_what_was_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, force: bool

@@ -20,7 +20,7 @@ from lora_ortho.problem import DTYPES
 
 from .base_weights import why_not_peft
 from .components import base_modules, components, join
-from .export_files import LOADABLE, peft_files, pipeline_files, with_equal_ranks
+from .export_files import LOADABLE, peft_files, pipeline_files, stranger, with_equal_ranks
 from .export_source import Source, resolve
 from .loaded import LoadedAdapter
 from .made import METADATA
@@ -95,10 +95,10 @@ def export(
             attachment or injection has it, else False.
         dtype: of the written factors; None is float32, or float64 where a factor has it.
         model: the base model or pipeline of loaded adapters: then their layers are looked up in it.
-        force: replaces a folder that is there.
+        force: replaces a folder that is there, if it is empty or an adapter and nothing else.
     Raises:
         TypeError, ValueError: an argument or adapter that does not fit, by name.
-        FileExistsError: path exists, and force is not set.
+        FileExistsError: path exists, and force is not set or would delete something else.
         OSError: it could not be written; then nothing is left of it.
     """
     if not isinstance(path, (str, os.PathLike)):
@@ -106,8 +106,7 @@ def export(
     if dtype is not None and dtype not in DTYPES:
         raise TypeError(f"dtype must be None or a floating point dtype, got {dtype}")
     folder = Path(path)
-    if os.path.lexists(folder) and not force:
-        raise FileExistsError(f"path {folder} exists; force=True replaces it")
+    _check_free(folder, force)
     found = resolve(source, model, adapters, p, weights, seed, sample, keep_zero_weights)
     modules = {} if found.model is None else _modules(found.model)
     _check_layers(found, modules)
@@ -128,6 +127,24 @@ def export(
     write = pipeline_files if merged.parts else peft_files
     _write(folder, write(merged, modules, dtype, {METADATA: json.dumps(made)}), force)
     return Exported(folder, {n: a.lora_A.shape[0] for n, a in merged.layers.items()}, errors)
+
+
+def _check_free(folder: Path, force: bool) -> None:
+    """Raises where something is that must not be replaced."""
+    if Path.cwd().is_relative_to(os.path.realpath(folder)):
+        raise ValueError(
+            f"path must be a folder to be made, got {str(folder)!r}: work goes on there"
+        )
+    if not os.path.lexists(folder):
+        return
+    if not force:
+        raise FileExistsError(f"path {folder} exists; force=True replaces it")
+    other = stranger(folder) if folder.is_dir() else folder
+    if other is not None:
+        raise FileExistsError(
+            f"path {folder}: {other} is no part of an exported adapter, so force=True does not "
+            f"replace it"
+        )
 
 
 def _modules(model: Any) -> dict[str, nn.Module]:

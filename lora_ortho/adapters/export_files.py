@@ -7,6 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -95,6 +96,25 @@ def pipeline_files(
         for name, data in peft_files(alone, _inside(part, modules), dtype, metadata).items():
             files[where + name] = data
     return files
+
+
+def stranger(folder: Path, *, inner: bool = False) -> Path | None:
+    """The first thing in a folder that is none of the files above, nor what PEFT puts beside them.
+
+    Args:
+        inner: the folder is that of one part of a pipeline.
+    """
+    known = {CONFIG_FILE, TENSOR_FILE} | (set() if inner else {DIFFUSERS_FILE})
+    if (folder / CONFIG_FILE).is_file():
+        known.add("README.md")
+    for path in sorted(folder.iterdir()):
+        if path.is_dir() and not inner and not path.is_symlink():
+            found = stranger(path, inner=True) if (path / CONFIG_FILE).is_file() else path
+            if found is not None:
+                return found
+        elif path.name not in known or not path.is_file():
+            return path
+    return None
 
 
 def _times(part: Adapter, factor: float) -> Adapter:
