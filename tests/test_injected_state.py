@@ -195,6 +195,17 @@ class Kept(nn.Module):
             return self.net(x)  # type: ignore[no-any-return]
 
 
+def test_a_pattern_of_peft_that_leaves_the_adapters_out() -> None:
+    """PEFT wraps the adapted layers; new adapters of its own change nothing yet."""
+    peft, model, x = library("peft"), Kept("inject"), torch.randn(4, 6)
+    expected = model(x)
+    config = peft.LoraConfig(target_modules=".*[01].*", exclude_modules=r".*\._lora_ortho.*")
+    wrapped = peft.get_peft_model(model.net, config)
+    assert sum(isinstance(m, peft.tuners.lora.Linear) for m in wrapped.modules()) == 2
+    with torch.no_grad():
+        assert torch.equal(wrapped(x), expected)
+
+
 @pytest.mark.parametrize("called", [False, True])
 @pytest.mark.parametrize("kind", ["attach", "inject"])
 def test_handles_are_copied_with_their_model(kind: str, called: bool) -> None:
