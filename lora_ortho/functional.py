@@ -24,6 +24,8 @@ from lora_ortho.problem import (
     finite_numbers,
 )
 
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
+
 
 def fused_ortho_lora(
     x: Tensor,
@@ -56,7 +58,7 @@ def fused_ortho_lora(
         lora_B: K tensors (d_out, r_j).
         p: K dropout rates in [0, 1); None is 1 - 1/K for each.
         scaling: K floats, alpha/r of each adapter; None is 1.
-        weights: K merge weights, floats or a (K,) tensor on the device of x; None is 1.
+        weights: K merge weights, numbers or a (K,) tensor on the device of x; None is 1.
         method: "orthogonal" (at most one adapter owns an element; needs Σ(1 - p_j) ≤ 1),
             "dropout" (independent masks) or "direct" (no mask).
         base: (..., d_out) in the dtype of x to add to, never modified; None is zeros.
@@ -157,8 +159,8 @@ def weighted_gains(rule: Rule, weights: Sequence[float] | Tensor | None, x: Tens
         numbers = finite_numbers("weights", weights, count)
         gains = [w * g for w, g in zip(numbers, rule.gains, strict=True)]
         return constants(tuple(gains), dtype, x)
-    if weights.dtype not in DTYPES:
-        raise TypeError(f"weights must be a floating point tensor, got {weights.dtype}")
+    if weights.dtype not in DTYPES + _INTEGERS:
+        raise TypeError(f"weights must be a floating point or integer tensor, got {weights.dtype}")
     if weights.shape != (count,):
         raise ValueError(f"weights must have shape ({count},), got {tuple(weights.shape)}")
     if weights.device != x.device:

@@ -71,8 +71,7 @@ class Rule:
         method: str,
     ) -> Rule:
         """Check p, scaling and method for a number of adapters, and work out their constants."""
-        if method not in METHODS:
-            raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
+        check_method(method)
         if p is None:
             p = [1.0 - 1.0 / adapters] * adapters
         values = mask_stream.rates(p)
@@ -81,6 +80,12 @@ class Rule:
         if torch.compiler.is_compiling():
             return _rule(tuple(values), tuple(scales), method)
         return _remembered_rule(tuple(values), tuple(scales), method)
+
+
+def check_method(method: object) -> None:
+    """ValueError unless it is one of ``METHODS``."""
+    if method not in METHODS:
+        raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
 
 
 def _rule(p: tuple[float, ...], scales: tuple[float, ...], method: str) -> Rule:
@@ -239,9 +244,15 @@ def _check_length(name: str, got: int, wanted: int) -> None:
 
 
 def finite_numbers(name: str, values: Sequence[float] | Tensor | None, count: int) -> list[float]:
-    """``count`` finite floats from a sequence; ones for None."""
+    """``count`` finite floats from a sequence; ones for None. No gradient would reach a tensor."""
     if values is None:
         return [1.0] * count
+    parts = values if isinstance(values, (list, tuple)) else (values,)
+    if any(isinstance(part, Tensor) and part.requires_grad for part in parts):
+        raise TypeError(
+            f"{name} must be numbers here, got a tensor that requires a gradient, which would be "
+            f"lost: detach it; fused_ortho_lora takes trainable weights, as one tensor"
+        )
     numbers = mask_stream.numbers(name, values)
     _check_length(name, len(numbers), count)
     for j, number in enumerate(numbers):

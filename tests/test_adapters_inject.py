@@ -52,6 +52,7 @@ def model() -> Model:
     return Model().eval()
 
 
+TRAINED = torch.ones(2, requires_grad=True)
 X = torch.randn(3, 5, 6, generator=torch.Generator().manual_seed(1))
 
 
@@ -160,6 +161,9 @@ def test_set_changes_only_what_is_given(model: Model) -> None:
     ("settings", "error", "part"),
     [
         ({"method": "sum"}, ValueError, "method"),
+        ({"method": ["direct"]}, ValueError, "method must be one of"),
+        ({"weights": TRAINED}, TypeError, "weights must be numbers here"),
+        ({"weights": list(TRAINED)}, TypeError, "weights must be numbers here"),
         ({"seed": 1.5}, TypeError, "seed"),
         ({"seed": 1 << 64}, ValueError, "seed"),
         ({"sample": -1}, ValueError, "sample"),
@@ -235,6 +239,9 @@ def test_layers_that_do_not_fit(model: Model, change: Callable[[Model], None], p
         ({"p": [0.5, 0.4]}, ValueError, "layer blocks.0.down: .*smallest admissible"),
         ({"weights": [1.0, float("inf")]}, ValueError, "weights"),
         ({"method": "sum"}, ValueError, "method"),
+        ({"method": ["direct"]}, ValueError, "method must be one of"),
+        ({"weights": TRAINED}, TypeError, "weights must be numbers here"),
+        ({"weights": list(TRAINED)}, TypeError, "weights must be numbers here"),
         ({"seed": "x"}, TypeError, "seed"),
         ({"backend": "fpga"}, ValueError, "backend"),
         ({"model": "model"}, TypeError, "model must be a torch module"),

@@ -14,6 +14,8 @@ from torch import nn
 import lora_ortho
 from lora_ortho import attach
 
+TRAINED = torch.ones(2, requires_grad=True)
+
 
 def state(model: nn.Module) -> list[Any]:
     """What a failed attach must not change."""
@@ -194,6 +196,12 @@ def test_initialisations_that_change_the_base() -> None:
         ({"weights": [1.0]}, ValueError, "weights must hold 2 values"),
         ({"weights": [1.0, float("nan")]}, ValueError, "weights[1] must be finite"),
         ({"method": "sum"}, ValueError, "method must be one of"),
+        ({"method": ["direct"]}, ValueError, "method must be one of"),
+        (
+            {"weights": TRAINED},
+            TypeError,
+            "weights must be numbers here, got a tensor that requires",
+        ),
         ({"seed": "x"}, TypeError, "seed must be"),
         ({"seed": 1 << 64}, ValueError, "seed must fit"),
         ({"backend": "fpga"}, ValueError, "backend must be"),
@@ -215,6 +223,9 @@ def test_backend_that_does_not_work_here() -> None:
     ("settings", "error", "part"),
     [
         ({"method": "sum"}, ValueError, "method"),
+        ({"method": ["direct"]}, ValueError, "method must be one of"),
+        ({"weights": TRAINED}, TypeError, "weights must be numbers here"),
+        ({"weights": list(TRAINED)}, TypeError, "weights must be numbers here"),
         ({"sample": -1}, ValueError, "sample"),
         ({"seed": 0.5}, TypeError, "seed"),
         ({"weights": [1.0]}, ValueError, "weights must hold 2"),

@@ -17,6 +17,7 @@ from lora_ortho.packing import PackedAdapters
 
 T = make(same_rank(4, 8, 12, 3, 2), torch.float32)
 VALUE, TYPE = ValueError, TypeError
+TRAINED = torch.ones(3, requires_grad=True)
 META = torch.empty(4, 8, device="meta")
 
 
@@ -43,9 +44,12 @@ META = torch.empty(4, 8, device="meta")
         ({"weights": [1.0, float("nan"), 1.0]}, VALUE, r"^weights\[1\] must be finite, got nan"),
         ({"weights": [1.0] * 4}, VALUE, "^weights must hold 3 values, .* got 4"),
         ({"weights": torch.ones(2)}, VALUE, r"^weights must have shape \(3,\), got \(2,\)"),
-        ({"weights": torch.ones(3).int()}, TYPE, "^weights must be a floating point .*int32"),
+        ({"weights": torch.ones(3).cfloat()}, TYPE, "^weights must be a floating .*complex64"),
+        ({"weights": list(TRAINED)}, TYPE, "^weights must be numbers here, got a tensor that req"),
+        ({"scaling": TRAINED}, TYPE, "^scaling must be numbers here, got a tensor that requires"),
         ({"weights": META[0, :3]}, VALUE, "^weights must be on the device of x, cpu, got meta"),
         ({"method": "mean"}, VALUE, "^method must be one of orthogonal, .* got 'mean'"),
+        ({"method": ["direct"]}, VALUE, r"^method must be one of orthogonal, .* got \['direct'\]"),
         # tensors
         ({"x": torch.ones(4, 9)}, VALUE, r"^x has 9 features in shape \(4, 9\), but .* takes 8"),
         ({"x": torch.tensor(1.0)}, VALUE, r"^x must have shape \(..., d_in\), got a tensor w"),

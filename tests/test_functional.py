@@ -17,6 +17,16 @@ from lora_ortho.reference import merge
 CASE = same_rank(24, 20, 70, 3, 4)
 
 
+@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.bool])
+def test_integer_weights(server: Server, dtype: torch.dtype) -> None:
+    """A tensor of integers is what the list of the same numbers is."""
+    tensors, numbers = make(CASE, torch.float32), [1, 0, 1]
+    weights = torch.tensor(numbers, dtype=dtype)
+    listed = fused_ortho_lora(*tensors[:3], weights=numbers, seed=3, backend=server.backend)
+    found = fused_ortho_lora(*tensors[:3], weights=weights, seed=3, backend=server.backend)
+    assert torch.equal(found, listed)
+
+
 def test_defaults_are_equal_rates_and_unit_weights(server: Server) -> None:
     tensors = make(CASE, torch.float64)
     p, ones = [1 - 1 / 3] * 3, [1.0] * 3

@@ -10,7 +10,7 @@ from torch import nn
 
 from lora_ortho import backends
 from lora_ortho.mask_stream import SAMPLE_LIMIT, check_in_range, check_seed
-from lora_ortho.problem import finite_numbers
+from lora_ortho.problem import check_method, finite_numbers
 
 from . import injected, peft_layers
 from .attention_scale import ScaleHook
@@ -238,6 +238,7 @@ def _by_adapter(
 
 def _check(shared: Shared, members: Mapping[str, tuple[str, ...]]) -> None:
     """Raises unless the settings work on layers with these adapters, naming what does not."""
+    check_method(shared.method)
     if shared.seed is not None:
         shared.seed = _int_seed(shared.seed)
     shared.sample = check_in_range("sample", shared.sample, SAMPLE_LIMIT)

@@ -11,7 +11,7 @@ from torch import nn
 
 from lora_ortho.mixing import Mix
 from lora_ortho.module import Adapter
-from lora_ortho.problem import finite_numbers
+from lora_ortho.problem import check_method, finite_numbers
 
 from .attention_scale import scale_hooks
 from .components import components, named
@@ -155,6 +155,7 @@ def inject(
     """
     if on_unsupported not in ("error", "skip"):
         raise ValueError(f'on_unsupported must be "error" or "skip", got {on_unsupported!r}')
+    check_method(method)
     adapters = checked_adapters(adapters)
     sites = Sites(named(components(model)))
     rates = None if p is None else finite_numbers("p", p, len(adapters))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lora_ortho.mixing import Choice, Settings, Traced
 from lora_ortho.module import Adapter, FusedOrthoLoRALinear
-from lora_ortho.problem import DTYPES, finite_numbers
+from lora_ortho.problem import DTYPES, check_method, finite_numbers
 
 from .convolution import Sizes, convolve, selectors
 from .in_place import ADAPTERS, InPlace, enter, leave, own_forward, plain_view
@@ -109,6 +109,8 @@ class LayerAdapters(FusedOrthoLoRALinear):
 
     def planned(self, **changes: Any) -> tuple[Choice, Settings]:
         """See `FusedOrthoLoRALinear`; without the scale of a call that is made now."""
+        if "method" in changes:
+            check_method(changes["method"])
         choice, settings = super().planned(**changes)
         return choice, settings if self._unscaled is None else settings._replace(mix=choice.mix())
 
