@@ -15,7 +15,7 @@ from lora_ortho._torch_internals import is_custom_forward, may_be_run_again, set
 from lora_ortho.functional import constants, merge
 from lora_ortho.ops import all_plain
 from lora_ortho.packing import PackedAdapters, gain_dtype
-from lora_ortho.problem import Place, Rule
+from lora_ortho.problem import Place, Rule, check_method
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,7 @@ class Mix:
         Raises:
             TypeError, ValueError: as for ``fused_ortho_lora``.
         """
+        check_method(method)
         key = (method, tuple(p), tuple(scaling), tuple(weights), keep_zero_weights)
         return (_mix if torch.compiler.is_compiling() else _remembered_mix)(*key)
 

@@ -183,6 +183,7 @@ def test_rates_may_be_set() -> None:
         ("weights", [1.0, float("nan"), 1.0], ValueError, r"weights\[1\] must be finite"),
         ("weights", [1.0], ValueError, "weights must hold 3"),
         ("method", "sum", ValueError, "method must be one of"),
+        ("method", ["direct"], ValueError, "method must be one of"),
         ("backend", "tpu", ValueError, "backend must be None or one of"),
     ],
 )
