@@ -68,7 +68,7 @@ def _mix(
     mask_stream.rates([q for q in p if q is not None])
     on = [j for j, weight in enumerate(weights) if keep_zero_weights or weight != 0.0]
     if not on:
-        return Mix(method, (), (), Rule.make(1, None, None, method))  # checks the method
+        return Mix(method, (), (), Rule.make(1, None, None, method))
     default = 1.0 - 1.0 / len(on)
     members = tuple(range(len(p)) if method == "dropout" else on)
     rates = tuple(default if p[j] is None else float(p[j]) for j in members)  # type: ignore[arg-type]
@@ -127,7 +127,7 @@ class Traced:
 
     def __init__(self, settings: Settings, device: torch.device) -> None:
         self.members, self.rule = settings.mix.members, settings.mix.rule
-        self.backend, self.device = settings.backend, device
+        self.backend = settings.backend
         with torch.inference_mode(False), torch.no_grad():
             self.coordinates = torch.tensor(settings.place, dtype=torch.int64)
             self.gains = torch.tensor(
@@ -167,12 +167,11 @@ class Mixer:
         mix = settings.mix
         if not mix.members:
             return y
-        recorded = torch.is_grad_enabled() and (
-            x.requires_grad or y.requires_grad or any(t.requires_grad for t in tensors)
-        )
+        trained = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+        recorded = trained or (torch.is_grad_enabled() and (x.requires_grad or y.requires_grad))
         if not recorded and x.dtype is y.dtype and all_plain((x, y)):
             return self._apply_prepared(x, y, tensors, settings, seed, in_place)
-        if self._kept is not None and recorded:
+        if self._kept is not None and trained:
             self._kept[0].expire()  # an optimiser may follow, whose work no counter shows
         gains = constants(mix.rule.gains, gain_dtype(x.device.type), x)
         seed = _drawn(settings.seed, x) if seed is None else seed

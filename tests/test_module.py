@@ -223,6 +223,12 @@ def test_factors_are_packed_once(monkeypatch: pytest.MonkeyPatch) -> None:
         for _ in range(3):
             module(x)
     assert len(packs) == 5
+    frozen, x, _ = build(backend="cpu")
+    for _ in range(3):  # gradients of the input alone leave the pack for calls without any
+        frozen(x.requires_grad_()).sum().backward()
+        with torch.no_grad():
+            frozen(x)
+    assert len(packs) == 7  # the op's and the prepared call's
 
 
 @pytest.mark.parametrize("trainable", [False, True])
