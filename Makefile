@@ -53,10 +53,12 @@ test: lint
 # The adapters' tests with the oldest supported PEFT; `make test` has the newest.
 compat: $(VENV)-oldest/stamp
 	$(VENV)-oldest/bin/python -m pytest \
-		$(wildcard tests/test_attach*.py tests/test_export*.py tests/test_adapters_*.py)
+		tests/adapters
 
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check $(wildcard $(CHECKED))
+	$(BIN)/ruff format --check $(wildcard $(CHECKED))
+	$(BIN)/clang-format --dry-run --Werror $(shell find csrc tests examples -name '*.[ch]' -o -name '*.c[pu]*')
 	$(BIN)/mypy
 
 docs: $(VENV)/dev.stamp

@@ -102,7 +102,6 @@ class Inputs:
         """Of every tensor."""
         return self.x.dtype
 
-
     @property
     def nbytes(self) -> int:
         """Of all tensors together."""
@@ -117,9 +116,7 @@ class Inputs:
     def first_rows(self, count: int) -> Inputs:
         """The same with fewer tokens; shares its memory."""
         x, base, grad = self.x[:count], self.base[:count], self.grad[:count]
-        return replace(
-            self, case=self.case._replace(tokens=x.shape[0]), x=x, base=base, grad=grad
-        )
+        return replace(self, case=self.case._replace(tokens=x.shape[0]), x=x, base=base, grad=grad)
 
 
 def make(case: Case, dtype: torch.dtype, device: Device | None = None) -> Inputs:

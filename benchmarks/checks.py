@@ -44,9 +44,7 @@ def everything(case: Case, place: torch.device = _CPU) -> Masks:
     return Masks([mask] * case.adapters, [1.0] * case.adapters)
 
 
-def check_forward(
-    y: Tensor, inputs: Inputs, masks: Masks, weight: Tensor | None = None
-) -> None:
+def check_forward(y: Tensor, inputs: Inputs, masks: Masks, weight: Tensor | None = None) -> None:
     """Raise WrongResult unless y is the merge under these masks.
 
     Args:

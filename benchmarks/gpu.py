@@ -33,7 +33,7 @@ WORK = ROOT / "build" / "gpu"
 TOTAL_SECONDS = 480
 _BACKENDS = ("triton", "cuda")
 # The equivalence suite; of the folder for GPUs every test says why where it needs one.
-_TESTS = ("tests/gpu", "tests/test_values.py", "tests/test_masks.py")
+_TESTS = ("tests/gpu", "tests/core/test_values.py", "tests/core/test_masks.py")
 _GRACE_SECONDS = 5
 _PATIENCE = 3.0  # of a rehearsal, whose processor may be anyone's
 _LAST_SECONDS = 110  # kept for compute-sanitizer and what comes after the benchmark

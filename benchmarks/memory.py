@@ -48,9 +48,7 @@ def extra(case: Case, dtype: str, contender: str, backend: str) -> dict[str, int
         RuntimeError: the process that measures failed.
     """
     command = [sys.executable, "-m", f"{__package__}.memory", str(case), dtype, contender, backend]
-    done = subprocess.run(
-        command, env=_environment(), capture_output=True, text=True, check=False
-    )
+    done = subprocess.run(command, env=_environment(), capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise RuntimeError(f"{' '.join(command)} failed: {done.stderr.strip()}")
     found: dict[str, int] = json.loads(done.stdout)

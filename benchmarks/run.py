@@ -114,14 +114,18 @@ def _parser() -> argparse.ArgumentParser:
     program = "lora-ortho bench" if installed else "python -m benchmarks"
     parser = argparse.ArgumentParser(prog=program, description=__doc__)
     parser.add_argument(
-        "--quick", action="store_true",
+        "--quick",
+        action="store_true",
         help="short rounds; no torch.compile, no scaling, no language model",
     )
     parser.add_argument(
         "--backend", choices=backends.NAMES, help="whose kernels; the best that works unless given"
     )
     parser.add_argument(
-        "--case", type=_case, action="append", metavar="CASE",
+        "--case",
+        type=_case,
+        action="append",
+        metavar="CASE",
         help="tokens x d_in x d_out - K x rank, such as 512x2048x2048-3x16; may be repeated; all "
         "of the targets' unless given",
     )
@@ -132,11 +136,16 @@ def _parser() -> argparse.ArgumentParser:
         "--only", choices=record.SECTIONS, action="append", help=_names(record.SECTIONS, "section")
     )
     parser.add_argument(
-        "--json", type=Path, nargs="?", const=Path("-"), metavar="PATH",
+        "--json",
+        type=Path,
+        nargs="?",
+        const=Path("-"),
+        metavar="PATH",
         help="write the result to this file; without PATH to standard output instead of the tables",
     )
     parser.add_argument(
-        "--save", action="store_true",
+        "--save",
+        action="store_true",
         help=f"write the result of this kind of machine into {record.RESULTS.name}/, replacing it",
     )
     parser.add_argument("--force", action="store_true", help="replace an existing --json file")
@@ -147,7 +156,10 @@ def _parser() -> argparse.ArgumentParser:
         "--plot", type=Path, metavar="PATH", help="draw the ratios to direct (.svg, .png, .pdf)"
     )
     parser.add_argument(
-        "--budget", type=_seconds, default=math.inf, metavar="SECONDS",
+        "--budget",
+        type=_seconds,
+        default=math.inf,
+        metavar="SECONDS",
         help="begin no further row after so long",
     )
     parser.add_argument("--quiet", action="store_true", help="no progress on standard error")
@@ -235,9 +247,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.save:
             path = record.RESULTS / f"{kind(bench.device)}.json"
         todo = list(
-            tasks.choose(
-                bench, arguments.quick, arguments.only, arguments.case, arguments.dtype
-            )
+            tasks.choose(bench, arguments.quick, arguments.only, arguments.case, arguments.dtype)
         )
         _check_outputs(arguments, todo, bench)
         if not arguments.quiet:

@@ -24,6 +24,7 @@ from .scaling import AXES, THREADS_CASE, thread_counts
 _ROWS_OF_PEERS = 128  # so many rows of a slow peer's result are checked
 _SAMPLES = 4
 
+
 def forward(bench: Bench, case: Case, dtype: str, effort: Effort) -> Row:
     """Ours beside direct."""
     inputs = bench.inputs(case, dtype)
@@ -225,7 +226,8 @@ def samples(bench: Bench, case: Case, dtype: str, effort: Effort) -> Row:
         "several": (lambda inputs: peers.ours(inputs, bench.backend, _SAMPLES), checked),
         "paper": (peers.paper, lambda y: checks.check_random(y[:_ROWS_OF_PEERS], some)),
         "linear": (
-            peers.linear, lambda y: checks.check_linear(y[:_ROWS_OF_PEERS], some, weight),
+            peers.linear,
+            lambda y: checks.check_linear(y[:_ROWS_OF_PEERS], some, weight),
         ),
     }
     with torch.no_grad():
@@ -306,5 +308,3 @@ def extra_memory(bench: Bench, case: Case, dtype: str, contender: str) -> Row:
 def ceilings(bench: Bench, case: Case, dtype: str, effort: Effort) -> Row:
     """The rates that floors are reckoned with."""
     return head(bench, case, dtype) | floors.ceilings(bench.device, dtype, effort)
-
-

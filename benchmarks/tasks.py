@@ -93,9 +93,7 @@ def choose(
         yield from _beyond_cases(chosen, dtypes, own)
 
 
-def _of_case(
-    section: str, case: Case, dtype: str, own: tuple[Case, ...]
-) -> Iterator[Task]:
+def _of_case(section: str, case: Case, dtype: str, own: tuple[Case, ...]) -> Iterator[Task]:
     """The tasks of a section that belong to one of its own cases."""
     if section == "memory":
         peers = _MEMORY_PEERS if case == LARGE else ()

@@ -130,11 +130,12 @@ private:
     AlignedBuffer buffer_;
 };
 
-// A few elements of some matrices, spread over each: a change that moves no version counter is seen by
-// them. The matrices' memory must be there when hash is called.
+// A few elements of some matrices, spread over each: a change that moves no version counter is seen
+// by them. The matrices' memory must be there when hash is called.
 class Sampler {
 public:
-    // (address, row stride, column stride, rows, columns, bytes of an element); strides in elements.
+    // (address, row stride, column stride, rows, columns, bytes of an element); strides in
+    // elements.
     explicit Sampler(const std::vector<py::tuple>& matrices) {
         constexpr std::size_t kLeast = 4, kMost = 16, kTogether = 48;
         const std::size_t each =
@@ -145,7 +146,8 @@ public:
             const auto bytes = t[5].cast<std::int64_t>(), elements = rows * cols;
             const auto count = std::min<std::int64_t>(elements, static_cast<std::int64_t>(each));
             for (std::int64_t k = 0; k < count; ++k) {
-                // One element of each of `count` equal parts, at a place that the golden ratio spreads.
+                // One element of each of `count` equal parts, at a place that the golden ratio
+                // spreads.
                 const std::int64_t part = elements / count, begin = k * part;
                 const std::int64_t at = begin + (k + 1) * 40503 % 65536 * part / 65536;
                 const std::int64_t offset =

@@ -224,9 +224,7 @@ class Mixer:
             self._open.setdefault(settings, []).append(drawn)
         return used
 
-    def _reopened(
-        self, settings: Settings, drawn: int | Tensor
-    ) -> tuple[Settings, int | Tensor]:
+    def _reopened(self, settings: Settings, drawn: int | Tensor) -> tuple[Settings, int | Tensor]:
         """A call inside a backward pass, with no checkpoint of torch around it: the recomputation
         of another checkpoint, whose passes are told apart as far as their settings and seeds
         differ; or, where none is open, a pass of its own."""

@@ -153,8 +153,9 @@ def check(
     facts: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     print(json.dumps(facts), flush=True)
     report = folder / "report.xml"
-    files = [f"tests/{name}.py" for name in tests]
-    words = ["-q", "-ra", "-p", "no:cacheprovider", f"--junit-xml={report}", *options, *files]
+    files = [str(next((folder / "tests").rglob(f"{name}.py"))) for name in tests]
+    words = ["-q", "-ra", "-p", "no:cacheprovider", "-o", "pythonpath=tests/support"]
+    words += [f"--junit-xml={report}", *options, *files]
     print("+ pytest", " ".join(words), flush=True)
     status = subprocess.run(
         [str(python), "-m", "pytest", *words], cwd=folder, env=dict(environment), check=False

@@ -120,8 +120,7 @@ Status check_call(const Header& header, const lora_ortho_call* call) {
 
 // Gradients of no tokens at all.
 void zero_gradients(const Header& header, const FactorGradients& factors, double* dgains) {
-    const std::size_t size =
-        dtype_bytes(factors.dtype) * static_cast<std::size_t>(header.rank_sum);
+    const std::size_t size = dtype_bytes(factors.dtype) * static_cast<std::size_t>(header.rank_sum);
     if (factors.dA) std::memset(factors.dA, 0, size * static_cast<std::size_t>(header.d_in));
     if (factors.dB) std::memset(factors.dB, 0, size * static_cast<std::size_t>(header.d_out));
     for (std::int32_t j = 0; dgains && j < header.adapters; ++j) dgains[j] = 0.0;

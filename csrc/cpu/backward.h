@@ -9,8 +9,8 @@ namespace lora_ortho::cpu::LORA_ORTHO_ISA {
 // Rows whose share of the gradient of the gains is added up together: the order of the sum must not
 // depend on the team.
 constexpr std::int64_t kGainRows = 64;
-// Rows and columns of x that one step of dA holds; fewer columns, in whole register tiles, where the
-// sums of many ranks would leave the cache.
+// Rows and columns of x that one step of dA holds; fewer columns, in whole register tiles, where
+// the sums of many ranks would leave the cache.
 constexpr std::int64_t kGradientRows = 128, kGradientStep = 2 * kPanel;
 constexpr int kGradientColumns = 64;
 
@@ -19,16 +19,15 @@ struct BackwardSizes {
     ReduceConfig reduce;
     std::int64_t width;  // columns of a step of dA
     int threads;
-    std::size_t total() const {
-        return ds + dgains + member * static_cast<std::size_t>(threads);
-    }
+    std::size_t total() const { return ds + dgains + member * static_cast<std::size_t>(threads); }
 };
 
 LORA_ORTHO_INLINE std::int64_t gradient_columns(const Header& h, std::size_t element) {
     const std::int64_t row = h.rank_sum * static_cast<std::int64_t>(element);
     const std::int64_t columns = (std::int64_t{128} << 10) / row / kGradientStep * kGradientStep;
-    return columns < kGradientStep ? kGradientStep : columns > kGradientColumns ? kGradientColumns
-                                                                      : columns;
+    return columns < kGradientStep      ? kGradientStep
+           : columns > kGradientColumns ? kGradientColumns
+                                        : columns;
 }
 
 template <class C>
@@ -43,7 +42,10 @@ BackwardSizes backward_sizes(const Header& h, const lora_ortho_call& call) {
         static_cast<std::size_t>((kGradientRows + h.rank_sum) * width) * sizeof(C);
     return {align(static_cast<std::size_t>(call.tokens * h.padded_rank_sum) * sizeof(C)),
             align(static_cast<std::size_t>(ceil_div(call.tokens, kGainRows) * h.adapters) * 8),
-            align(reduce > rest ? reduce : rest), config, width, threads};
+            align(reduce > rest ? reduce : rest),
+            config,
+            width,
+            threads};
 }
 
 // For rows of one chunk: dgains_j += ds_j . s_j, then ds becomes (rank_sum) wide and scaled by the
@@ -83,7 +85,8 @@ void write_dx(const Layout& l, const C* ds, std::int64_t row0, std::int64_t row1
               ExpandScratch<C>& t) {
     const std::ptrdiff_t panel = l.h.rank_sum * kPanel;
     for (std::int64_t n = 0; n < l.h.d_in; n += kColumnBlock) {
-        const int cols = static_cast<int>(l.h.d_in - n < kColumnBlock ? l.h.d_in - n : kColumnBlock);
+        const int cols =
+            static_cast<int>(l.h.d_in - n < kColumnBlock ? l.h.d_in - n : kColumnBlock);
         for (std::int64_t m = row0; m < row1; m += kRowBlock) {
             const int rows = static_cast<int>(row1 - m < kRowBlock ? row1 - m : kRowBlock);
             const Products<C> all{ds + m * l.h.padded_rank_sum, l.h.padded_rank_sum,
@@ -106,22 +109,26 @@ void gather_dA(const Layout& l, const C* ds, View<IO> x, std::int64_t tokens, st
         load_block(x, m, rows, col0, cols, width, block, width);
         for (std::int64_t r = 0; r < l.h.rank_sum; r += kRowBlock) {
             const std::int64_t left = l.h.rank_sum - r;
-            for_row_tiles<Tile<C>::rows>(static_cast<int>(left < kRowBlock ? left : kRowBlock),
-                             [&](auto mr, int i) __attribute__((always_inline)) {
-                constexpr int MR = decltype(mr)::value;
-                for (std::int64_t n = 0; n < cols; n += NP * kPanel) {
-                    C* to = sums + (r + i) * width + n;
-                    Vec<C> acc[MR][NV];
+            for_row_tiles<Tile<C>::rows>(
+                static_cast<int>(left < kRowBlock ? left : kRowBlock),
+                [&](auto mr, int i) __attribute__((always_inline)) {
+                    constexpr int MR = decltype(mr)::value;
+                    for (std::int64_t n = 0; n < cols; n += NP * kPanel) {
+                        C* to = sums + (r + i) * width + n;
+                        Vec<C> acc[MR][NV];
 #pragma GCC unroll 16
-                    for (int at = 0; at < MR * NV; ++at)
-                        acc[at / NV][at % NV] = load(to + at / NV * width + at % NV * kLanes<C>);
-                    multiply<C, MR, NP>(ds + m * l.h.padded_rank_sum + r + i, 1,
-                                        l.h.padded_rank_sum, block + n, kPanel, width, rows, acc);
+                        for (int at = 0; at < MR * NV; ++at)
+                            acc[at / NV][at % NV] =
+                                load(to + at / NV * width + at % NV * kLanes<C>);
+                        multiply<C, MR, NP>(ds + m * l.h.padded_rank_sum + r + i, 1,
+                                            l.h.padded_rank_sum, block + n, kPanel, width, rows,
+                                            acc);
 #pragma GCC unroll 16
-                    for (int at = 0; at < MR * NV; ++at)
-                        store(to + at / NV * width + at % NV * kLanes<C>, acc[at / NV][at % NV]);
-                }
-            });
+                        for (int at = 0; at < MR * NV; ++at)
+                            store(to + at / NV * width + at % NV * kLanes<C>,
+                                  acc[at / NV][at % NV]);
+                    }
+                });
         }
     }
     write_dA(l, sums, width, 0, l.h.rank_sum, col0, cols, factors);
@@ -147,7 +154,8 @@ void backward_float(const void* packed, const lora_ortho_call& call, const lora_
                       *reinterpret_cast<ReduceScratch<C>*>(own));
         for (std::int64_t c = team.begin(chunks); c < team.end(chunks); ++c) {
             const std::int64_t row0 = c * kGainRows;
-            const std::int64_t row1 = row0 + kGainRows < call.tokens ? row0 + kGainRows : call.tokens;
+            const std::int64_t row1 =
+                row0 + kGainRows < call.tokens ? row0 + kGainRows : call.tokens;
             finish_ds<IO, C>(l, call.gains, s_in, row0, row1, ds, sums + c * l.h.adapters);
             if (dx)
                 write_dx<IO, C>(l, ds, row0, row1, static_cast<IO*>(dx),

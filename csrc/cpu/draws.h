@@ -13,8 +13,9 @@ constexpr int kDrawColumns = 8 * kLanes<std::uint64_t>;
 constexpr int kDrawBlock = 128;
 constexpr int kDrawSlack = kDrawColumns;
 
-// Philox4x32-7 for rows of one block of columns. The row enters as the second word of the counter and
-// meets the column, the first, in round 3: what rounds 1 to 3 make of the column alone is computed once.
+// Philox4x32-7 for rows of one block of columns. The row enters as the second word of the counter
+// and meets the column, the first, in round 3: what rounds 1 to 3 make of the column alone is
+// computed once.
 class BlockDraws {
     using U64 = Vec<std::uint64_t>;
 
@@ -31,8 +32,7 @@ public:
             k0 += LORA_ORTHO_PHILOX_W0;
             k1 += LORA_ORTHO_PHILOX_W1;
         }
-        const std::uint64_t last =
-            (call.sample << 8) | static_cast<std::uint32_t>(lane_set);
+        const std::uint64_t last = (call.sample << 8) | static_cast<std::uint32_t>(lane_set);
         const std::uint64_t p1 = std::uint64_t{LORA_ORTHO_PHILOX_M1} * call.stream;
         row_key_ = (p1 >> 32) ^ key0_[0];
         U64 group = splat(column >> 3) + kLaneGroup;
@@ -47,12 +47,13 @@ public:
         }
     }
 
-    // Writes the draws of a row to `buffer`, aligned to a vector, of kDrawSlack more elements than the
-    // block has columns; returns where the block's first is.
+    // Writes the draws of a row to `buffer`, aligned to a vector, of kDrawSlack more elements than
+    // the block has columns; returns where the block's first is.
     LORA_ORTHO_INLINE const std::uint16_t* row(std::uint64_t row, std::uint16_t* buffer) const {
         const std::uint64_t p0 = kM0 * (row ^ row_key_);  // both below 2^32
         const U64 high = splat(p0 >> 32), low = splat(p0 & kLow);
-        for (int v = 0; v < vectors_; ++v) finish(columns_[v], high, low, buffer + v * kDrawColumns);
+        for (int v = 0; v < vectors_; ++v)
+            finish(columns_[v], high, low, buffer + v * kDrawColumns);
         return buffer + skip_;
     }
 
@@ -78,7 +79,8 @@ private:
 
     // From round 3 on; high and low are the halves of the product of the row in round 2. The upper
     // halves of the words hold rubbish throughout.
-    LORA_ORTHO_INLINE void finish(const Column& column, U64 high, U64 low, std::uint16_t* out) const {
+    LORA_ORTHO_INLINE void finish(const Column& column, U64 high, U64 low,
+                                  std::uint16_t* out) const {
         U64 p1 = mul_wide(splat(kM1), column.c2 ^ high);
         U64 c0 = (p1 >> 32) ^ column.c1, c1 = p1;
         U64 c2 = column.after_c2 ^ low, c3 = column.after_c3;
@@ -95,7 +97,8 @@ private:
         const U64 second_pair = last_round(mul_wide(splat(kM0), c0), c3, key1_[kRounds - 1]);
         // Even lanes hold the first kBlocks groups, odd lanes the next.
 #if defined(__AVX512F__)
-        const U64 even = __builtin_shufflevector(first_pair, second_pair, 0, 8, 2, 10, 4, 12, 6, 14);
+        const U64 even =
+            __builtin_shufflevector(first_pair, second_pair, 0, 8, 2, 10, 4, 12, 6, 14);
         const U64 odd = __builtin_shufflevector(first_pair, second_pair, 1, 9, 3, 11, 5, 13, 7, 15);
 #elif defined(__AVX2__)
         const U64 even = __builtin_shufflevector(first_pair, second_pair, 0, 4, 2, 6);

@@ -26,14 +26,15 @@ struct Draw {
 template <class C>
 struct ExpandScratch {
     alignas(64) std::uint16_t draws[kColumnBlock + kDrawSlack];
-    alignas(64) std::uint32_t wide[kRowBlock][kColumnBlock];   // draws, or offsets of owners
+    alignas(64) std::uint32_t wide[kRowBlock][kColumnBlock];  // draws, or offsets of owners
     alignas(64) C sums[kRowBlock][kColumnBlock];
 };
 
 template <class C>
 std::size_t expand_scratch(const Layout& l) {
     const std::int64_t row_bytes = l.h.padded_rank_sum * static_cast<std::int64_t>(sizeof(C));
-    return sizeof(ExpandScratch<C>) + static_cast<std::size_t>(rows_per_chunk(row_bytes) * row_bytes);
+    return sizeof(ExpandScratch<C>) +
+           static_cast<std::size_t>(rows_per_chunk(row_bytes) * row_bytes);
 }
 
 // scaled[i][j * padded + k] = gain_j s[row0 + i][rank_begin_j + k], zeros where padded.
@@ -106,13 +107,14 @@ LORA_ORTHO_INLINE Vec<C> select_kept(const std::uint32_t* where, std::uint32_t l
     if constexpr (sizeof(C) == 4) {
         return load(where) <= splat(last) ? yes : no;
     } else {
-        for (int lane = 0; lane < kLanes<C>; ++lane) no[lane] = where[lane] <= last ? yes[lane] : no[lane];
+        for (int lane = 0; lane < kLanes<C>; ++lane)
+            no[lane] = where[lane] <= last ? yes[lane] : no[lane];
         return no;
     }
 }
 
-// Products over a block of rows by cols, stored in sums, added to them, or added where the draw is at
-// most `last`.
+// Products over a block of rows by cols, stored in sums, added to them, or added where the draw is
+// at most `last`.
 template <class C, Combine mode>
 LORA_ORTHO_INLINE void expand_products(const Products<C>& p, std::uint32_t last, int rows, int cols,
                                        ExpandScratch<C>& t) {
@@ -121,8 +123,8 @@ LORA_ORTHO_INLINE void expand_products(const Products<C>& p, std::uint32_t last,
         constexpr int MR = decltype(mr)::value;
         for (int n = 0; n < cols; n += NP * kPanel) {
             Vec<C> acc[MR][NV] = {};
-            multiply<C, MR, NP>(p.a + i * p.a_row, p.a_row, 1, p.b + n / kPanel * p.b_panel, p.b_panel,
-                                kPanel, p.rank, acc);
+            multiply<C, MR, NP>(p.a + i * p.a_row, p.a_row, 1, p.b + n / kPanel * p.b_panel,
+                                p.b_panel, kPanel, p.rank, acc);
 #pragma GCC unroll 16
             for (int m = 0; m < MR; ++m)
 #pragma GCC unroll 16
@@ -155,8 +157,9 @@ LORA_ORTHO_INLINE void expand_all(Products<C> p, int rows, int cols, ExpandScrat
     }
 }
 
-// Orthogonal: the products of every adapter, from the last down, so that the first threshold above the
-// draw decides; the results stay in registers meanwhile. `all.rank` is the distance between adapters.
+// Orthogonal: the products of every adapter, from the last down, so that the first threshold above
+// the draw decides; the results stay in registers meanwhile. `all.rank` is the distance between
+// adapters.
 template <class C>
 LORA_ORTHO_INLINE void expand_owned(const Layout& l, const Products<C>& all, int rows, int cols,
                                     ExpandScratch<C>& t) {
@@ -174,9 +177,8 @@ LORA_ORTHO_INLINE void expand_owned(const Layout& l, const Products<C>& all, int
                 for (int m = 0; m < MR; ++m)
 #pragma GCC unroll 16
                     for (int v = 0; v < NV; ++v)
-                        result[m][v] =
-                            select_kept<C>(&t.wide[i + m][n + v * kLanes<C>], l.thresholds[j] - 1,
-                                           acc[m][v], result[m][v]);
+                        result[m][v] = select_kept<C>(&t.wide[i + m][n + v * kLanes<C>],
+                                                      l.thresholds[j] - 1, acc[m][v], result[m][v]);
             }
 #pragma GCC unroll 16
             for (int m = 0; m < MR; ++m)
@@ -203,7 +205,8 @@ LORA_ORTHO_INLINE void expand_dense(const Draw& draw, const C* scaled, std::int6
                                     std::int64_t col0, int cols, ExpandScratch<C>& t) {
     const Layout& l = draw.l;
     const std::ptrdiff_t b_panel = l.h.padded_rank_sum * kPanel;
-    Products<C> p{scaled, l.h.padded_rank_sum, l.section<C>(1) + col0 / kPanel * b_panel, b_panel, 0};
+    Products<C> p{scaled, l.h.padded_rank_sum, l.section<C>(1) + col0 / kPanel * b_panel, b_panel,
+                  0};
     if (l.h.method == LORA_ORTHO_DIRECT) {  // one product over all adapters; padding is zero
         p.rank = l.h.padded_rank_sum;
         expand_all<C>(p, rows, cols, t);

@@ -5,8 +5,8 @@
 
 namespace lora_ortho::cpu::LORA_ORTHO_ISA {
 
-// [a0+a1, b1+b0, a2+a3, b3+b2, ...] in segments of kLanes / 2^level lanes: one blend, one permutation
-// and one addition fold two vectors of partial sums into one.
+// [a0+a1, b1+b0, a2+a3, b3+b2, ...] in segments of kLanes / 2^level lanes: one blend, one
+// permutation and one addition fold two vectors of partial sums into one.
 template <class C, int segment>
 LORA_ORTHO_INLINE Vec<C> fold(Vec<C> a, Vec<C> b) {
     using Index = Vec<std::conditional_t<sizeof(C) == 4, std::int32_t, std::int64_t>>;
@@ -51,7 +51,8 @@ LORA_ORTHO_INLINE Vec<C> owner_products(const C* s, const C* b, std::ptrdiff_t b
     return sum_lanes<C, W, 1>(acc);
 }
 
-// Offsets (owner * padded) of the elements of a row, and the draws of those nobody owns left in place.
+// Offsets (owner * padded) of the elements of a row, and the draws of those nobody owns left in
+// place.
 LORA_ORTHO_INLINE void owner_offsets(const Layout& l, const std::uint16_t* draws,
                                      std::uint16_t* offsets) {
     constexpr int W = kLanes<std::uint16_t>;
@@ -92,8 +93,7 @@ LORA_ORTHO_INLINE void expand_owner_rows(const Draw& draw, const C* scaled, std:
             t.sums[i][n] = sum;
         }
         if (nobody <= 0xffff)
-            for (n = 0; n < cols; ++n)
-                t.sums[i][n] = u[n] < nobody ? t.sums[i][n] : C{0};
+            for (n = 0; n < cols; ++n) t.sums[i][n] = u[n] < nobody ? t.sums[i][n] : C{0};
     }
 }
 

@@ -43,7 +43,8 @@ LORA_ORTHO_INLINE void write_dB(const Layout& l, const double* gains, const C* d
             const std::int64_t ranks = l.ranks[j];
             T* to = static_cast<T*>(out.dB) + l.rank_begin[j] * l.h.d_out + col0 * ranks;
             for (int n = 0; n < cols; ++n, from += column, to += ranks)
-                for (std::int64_t k = 0; k < ranks; ++k) store_rounded(gain * from[k * rank], to + k);
+                for (std::int64_t k = 0; k < ranks; ++k)
+                    store_rounded(gain * from[k * rank], to + k);
         }
     });
 }

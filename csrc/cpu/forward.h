@@ -7,8 +7,8 @@
 
 namespace lora_ortho::cpu::LORA_ORTHO_ISA {
 
-// Walks a chunk block by block: along the rows, so that base and y stream, within as many columns as
-// leave their factors (column_bytes each) in the cache.
+// Walks a chunk block by block: along the rows, so that base and y stream, within as many columns
+// as leave their factors (column_bytes each) in the cache.
 template <class Body>
 LORA_ORTHO_INLINE void for_blocks(std::int64_t rows, std::int64_t cols, int block_rows,
                                   int block_cols, std::int64_t column_bytes, Body body) {
@@ -88,12 +88,11 @@ struct Shrink {
         if constexpr (kTiled<IO>)
             if (tiles) return shrink_tiles<IO>(l, config, x, s, team, sums, partials, block);
 #endif
-        shrink<IO, C>(l, config, s, team, sums, partials,
-                      [&](std::int64_t row0, int rows, std::int64_t k0, std::int64_t steps, bool add,
-                          C* to) {
-                          shrink_step<IO, C>(l, x, row0, rows, k0, steps, add, to,
-                                             static_cast<C*>(block));
-                      });
+        shrink<IO, C>(
+            l, config, s, team, sums, partials,
+            [&](std::int64_t row0, int rows, std::int64_t k0, std::int64_t steps, bool add, C* to) {
+                shrink_step<IO, C>(l, x, row0, rows, k0, steps, add, to, static_cast<C*>(block));
+            });
     }
 
     const Layout& l;
@@ -123,8 +122,8 @@ void forward_float(const void* packed, const lora_ortho_call& call, const lora_o
             rows_per_chunk(l.h.padded_rank_sum * static_cast<std::int64_t>(sizeof(C)));
         for_chunks(team, call.tokens, l.h.d_out, chunk,
                    [&](std::int64_t row0, std::int64_t rows, std::int64_t col0, std::int64_t cols) {
-                       expand_chunk<IO, C>(draw, s_out, base ? &base_view : nullptr, row0, rows, col0,
-                                           cols, static_cast<IO*>(y), t, scaled);
+                       expand_chunk<IO, C>(draw, s_out, base ? &base_view : nullptr, row0, rows,
+                                           col0, cols, static_cast<IO*>(y), t, scaled);
                    });
     });
 }

@@ -68,8 +68,10 @@ void backward(const void* packed, const lora_ortho_call& call, const lora_ortho_
     const Header& h = *static_cast<const Header*>(packed);
     if (backward_on_tiles(h, call.tokens))
         return h.dtype == LORA_ORTHO_BFLOAT16
-                   ? backward_tiles<bfloat16>(packed, call, grad, x, s, dx, factors, dgains, workspace)
-                   : backward_tiles<float>(packed, call, grad, x, s, dx, factors, dgains, workspace);
+                   ? backward_tiles<bfloat16>(packed, call, grad, x, s, dx, factors, dgains,
+                                              workspace)
+                   : backward_tiles<float>(packed, call, grad, x, s, dx, factors, dgains,
+                                           workspace);
 #endif
     with_storage(static_cast<const Header*>(packed)->dtype, [&](auto storage) {
         backward_float<decltype(storage)>(packed, call, grad, x, s, dx, factors, dgains, workspace);

@@ -44,7 +44,7 @@ enum PathBits : std::int32_t {
     kExpandOwner = 1,  // the product with its owner's factors
     kExpandTiles = 2,  // dense, on tiles
     kExpandMask = 3,
-    kTileShrink = 4,    // where there are tokens enough
+    kTileShrink = 4,  // where there are tokens enough
     kTileBackward = 8,
 };
 
@@ -67,8 +67,8 @@ struct Kernels {
                      const FactorGradients& factors, double* dgains, void* workspace);
 };
 
-// Null where this build has no kernels for the instruction set. Defined by the translation unit that
-// was compiled for it; whether the processor has it is isa.h's business.
+// Null where this build has no kernels for the instruction set. Defined by the translation unit
+// that was compiled for it; whether the processor has it is isa.h's business.
 const Kernels* kernels_baseline();
 const Kernels* kernels_avx2();
 const Kernels* kernels_avx512();

@@ -20,8 +20,8 @@ LORA_ORTHO_INLINE std::int64_t padded_rank(const std::int64_t* ranks, int adapte
 }
 
 // Expand: all K products and a selection, or one product per element with its owner's factors.
-// Dense costs rank_sum multiply-adds an element at kLanes a step; owner costs two loads per vector of
-// the owner's rank and about kOwnerReduce steps to add the lanes of a vector.
+// Dense costs rank_sum multiply-adds an element at kLanes a step; owner costs two loads per vector
+// of the owner's rank and about kOwnerReduce steps to add the lanes of a vector.
 LORA_ORTHO_INLINE std::int32_t expand_path(const Header& h, std::int64_t padded) {
     if (h.method != LORA_ORTHO_ORTHOGONAL || h.adapters < 2) return kExpandDense;
     if (padded * h.adapters > 0xffff) return kExpandDense;  // offsets are 16 bits
@@ -32,8 +32,8 @@ LORA_ORTHO_INLINE std::int32_t expand_path(const Header& h, std::int64_t padded)
 }
 
 // Tiles are AMX. bfloat16 runs on them. float32 needs six tile products for one: that pays in the
-// shrink from kTileRanks ranks on, and in the backward pass up to kTileAdapters adapters, whose masked
-// gradients are made one by one. Few tokens leave the rows of a tile empty.
+// shrink from kTileRanks ranks on, and in the backward pass up to kTileAdapters adapters, whose
+// masked gradients are made one by one. Few tokens leave the rows of a tile empty.
 constexpr std::int64_t kTileRanks = 96, kTileAdapters = 3;
 constexpr std::int64_t kTileTokens = 16, kTileBackwardTokens = 64;
 

@@ -1,5 +1,5 @@
-// Packed factors of the float kernels, in the compute type C; sections that the path does not need are
-// empty:
+// Packed factors of the float kernels, in the compute type C; sections that the path does not need
+// are empty:
 //   section 0  A by panels   [ceil(rank_sum / kPanel)][d_in][kPanel]      shrink
 //   section 1  B by panels   [d_out padded / kPanel][K * padded][kPanel]  expand, dense
 //   section 2  B by rows     [d_out][K * padded]                          expand, owner; backward
@@ -50,17 +50,15 @@ template <class C>
 void plan_float(Header& h) {
     const std::int32_t expand = h.path & kExpandMask;
     const std::int64_t size = sizeof(C);
-    place_sections(h, 0,
-                   {expand == kExpandTiles ? 0 : ceil_div(h.rank_sum, kPanel) * h.d_in * kPanel * size,
-                    expand == kExpandDense
-                        ? round_up(h.d_out, kColumnPad) * h.padded_rank_sum * size
-                        : 0,
-                    h.d_out * h.padded_rank_sum * size,
-                    h.rank_sum * round_up(h.d_in, kColumnPad) * size});
+    place_sections(
+        h, 0,
+        {expand == kExpandTiles ? 0 : ceil_div(h.rank_sum, kPanel) * h.d_in * kPanel * size,
+         expand == kExpandDense ? round_up(h.d_out, kColumnPad) * h.padded_rank_sum * size : 0,
+         h.d_out * h.padded_rank_sum * size, h.rank_sum * round_up(h.d_in, kColumnPad) * size});
 }
 
-// What one member of the team packs at a time: so many columns of every lora_A, then so many rows of
-// every lora_B. Its part of each section is contiguous, or one run for each panel of A.
+// What one member of the team packs at a time: so many columns of every lora_A, then so many rows
+// of every lora_B. Its part of each section is contiguous, or one run for each panel of A.
 constexpr std::int64_t kPackBlock = kColumnPad;
 
 // Fewer elements than this are packed sooner than a team has met.
@@ -86,8 +84,8 @@ LORA_ORTHO_INLINE void read_row(const lora_ortho_matrix& m, std::int64_t i, std:
     });
 }
 
-// to[i][q] = from[q][i] for one register's worth of i and q: log2 rounds of interleaving row q with row
-// q + half.
+// to[i][q] = from[q][i] for one register's worth of i and q: log2 rounds of interleaving row q with
+// row q + half.
 template <class C>
 LORA_ORTHO_INLINE void transpose_registers(const C* from, std::int64_t from_pitch, C* to) {
     constexpr int L = kLanes<C>;
@@ -105,7 +103,8 @@ LORA_ORTHO_INLINE void transpose_registers(const C* from, std::int64_t from_pitc
 
 // A panel: to[i][q] = from[q][i] for q below kPanel and i below `count`.
 template <class C>
-LORA_ORTHO_INLINE void transpose(const C* from, std::int64_t from_pitch, std::int64_t count, C* to) {
+LORA_ORTHO_INLINE void transpose(const C* from, std::int64_t from_pitch, std::int64_t count,
+                                 C* to) {
     constexpr int L = kLanes<C>;
     std::int64_t i = 0;
     for (; i + L <= count; i += L)
@@ -137,7 +136,8 @@ void pack_A(const lora_ortho_factors& f, const Layout& l, C* panels, C* columns,
                 std::memcpy(columns + (p * rank_sum + r) * kPanel, row + p * kPanel,
                             kPanel * sizeof(C));
         }
-        if (panels) transpose(rows, kPackBlock, count, panels + (panel * l.h.d_in + begin) * kPanel);
+        if (panels)
+            transpose(rows, kPackBlock, count, panels + (panel * l.h.d_in + begin) * kPanel);
     }
 }
 
@@ -175,7 +175,8 @@ void pack_float(const lora_ortho_factors& f, void* packed, const Team& team) {
         char* at = static_cast<char*>(packed) + l.h.section[i];
         return l.h.section[i] == l.h.section[i + 1] ? nullptr : reinterpret_cast<C*>(at);
     };
-    const std::int64_t of_A = ceil_div(l.h.d_in, kPackBlock), of_B = ceil_div(l.h.d_out, kPackBlock);
+    const std::int64_t of_A = ceil_div(l.h.d_in, kPackBlock),
+                       of_B = ceil_div(l.h.d_out, kPackBlock);
     for (std::int64_t block = team.begin(of_A + of_B); block < team.end(of_A + of_B); ++block) {
         const bool is_A = block < of_A;
         const std::int64_t begin = (is_A ? block : block - of_A) * kPackBlock;

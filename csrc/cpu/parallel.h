@@ -1,4 +1,5 @@
-// Threads: one OpenMP team per call, work dealt out by hand so that it depends on the problem alone.
+// Threads: one OpenMP team per call, work dealt out by hand so that it depends on the problem
+// alone.
 #pragma once
 
 #include <cstddef>

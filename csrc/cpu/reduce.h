@@ -118,7 +118,8 @@ LORA_ORTHO_INLINE void reduce_adapter(const std::uint16_t* list, int count, cons
         reduce_list<C, 1>(list, count, grad, s + k, b + k, db + k, pitch, ds + k);
 }
 
-// One block of columns over rows [row0, row1): adds to ds (tokens, K * padded) and to the block's db.
+// One block of columns over rows [row0, row1): adds to ds (tokens, K * padded) and to the block's
+// db.
 template <class IO, class C>
 void reduce_block(const Draw& draw, View<IO> grad, const IO* s, std::int64_t row0,
                   std::int64_t row1, std::int64_t col0, int cols, C* ds, C* db,
@@ -133,8 +134,7 @@ void reduce_block(const Draw& draw, View<IO> grad, const IO* s, std::int64_t row
         load_block(grad, m, 1, col0, cols, cols, t.grad, 0);
         pad_row(l, s + m * l.h.rank_sum, s_row);
         if (l.h.method == LORA_ORTHO_ORTHOGONAL)
-            list_owned(l, draw.row(shared, m, t.draws), cols, t.owner,
-                       t.lists(), t.count);
+            list_owned(l, draw.row(shared, m, t.draws), cols, t.owner, t.lists(), t.count);
         for (int j = 0; j < K; ++j) {
             const std::uint16_t* list = t.lists() + j * kColumnBlock;
             if (l.h.method == LORA_ORTHO_DROPOUT) {
@@ -153,9 +153,9 @@ void reduce_block(const Draw& draw, View<IO> grad, const IO* s, std::int64_t row
     }
 }
 
-// All blocks. Member t owns one block of columns a round and walks the team's stripes of rows from its
-// own on, so that no two members ever touch the same rows of ds or columns of dB: one pass over grad,
-// no partial sums, a fixed order. Ends with a barrier.
+// All blocks. Member t owns one block of columns a round and walks the team's stripes of rows from
+// its own on, so that no two members ever touch the same rows of ds or columns of dB: one pass over
+// grad, no partial sums, a fixed order. Ends with a barrier.
 template <class IO, class C>
 void reduce(const Draw& draw, const ReduceConfig& config, View<IO> grad, const IO* s, C* ds,
             const FactorGradients& factors, const Team& team, ReduceScratch<C>& t) {

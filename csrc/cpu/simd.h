@@ -1,5 +1,5 @@
-// Vectors of one register of the instruction set this file is compiled for, and the few operations on
-// them that the compiler's vector extensions do not express.
+// Vectors of one register of the instruction set this file is compiled for, and the few operations
+// on them that the compiler's vector extensions do not express.
 //
 // Rule for everything included by kernels.cpp: no function here may be shared between translation
 // units, or the linker could keep the copy that was compiled for AVX-512. So all of it lives in the
@@ -201,9 +201,9 @@ LORA_ORTHO_INLINE void store_compute<bfloat16, float>(bfloat16* p, Vec<float> fi
                                                       Vec<float> second) {
     // The instruction flushes denormals; those go the long way.
     constexpr int kDenormal = 0x20;
-    if (__builtin_expect(_mm512_fpclass_ps_mask(first, kDenormal) |
-                             _mm512_fpclass_ps_mask(second, kDenormal),
-                         0)) {
+    if (__builtin_expect(
+            _mm512_fpclass_ps_mask(first, kDenormal) | _mm512_fpclass_ps_mask(second, kDenormal),
+            0)) {
         store_compute(p, first);
         store_compute(p + kLanes<float>, second);
         return;
@@ -240,9 +240,8 @@ LORA_ORTHO_INLINE Vec<std::uint64_t> mul_wide(Vec<std::uint64_t> a, Vec<std::uin
     return reinterpret_cast<Vec<std::uint64_t>>(
         _mm_mul_epu32(reinterpret_cast<__m128i>(a), reinterpret_cast<__m128i>(b)));
 #elif defined(__aarch64__)
-    return reinterpret_cast<Vec<std::uint64_t>>(
-        vmull_u32(vmovn_u64(reinterpret_cast<uint64x2_t>(a)),
-                  vmovn_u64(reinterpret_cast<uint64x2_t>(b))));
+    return reinterpret_cast<Vec<std::uint64_t>>(vmull_u32(
+        vmovn_u64(reinterpret_cast<uint64x2_t>(a)), vmovn_u64(reinterpret_cast<uint64x2_t>(b))));
 #else
     return (a & 0xffffffffu) * (b & 0xffffffffu);
 #endif

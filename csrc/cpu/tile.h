@@ -1,5 +1,5 @@
-// The register tile every float kernel is made of: C[i][n] += sum_k a[i][k] * b[k][n] for a few rows i
-// and a few vectors of columns n.
+// The register tile every float kernel is made of: C[i][n] += sum_k a[i][k] * b[k][n] for a few
+// rows i and a few vectors of columns n.
 #pragma once
 
 #include "cpu/simd.h"
@@ -15,8 +15,8 @@ constexpr int kRowBlock = 8;
 template <class C>
 constexpr int kPanelVectors = kPanel / kLanes<C>;
 
-// Registers: rows * panels * kPanelVectors accumulators, one row of b, one broadcast; select_rows where
-// as many results are kept beside the accumulators.
+// Registers: rows * panels * kPanelVectors accumulators, one row of b, one broadcast; select_rows
+// where as many results are kept beside the accumulators.
 template <class C>
 struct Tile {
 #if defined(__AVX512F__)
@@ -55,8 +55,8 @@ LORA_ORTHO_INLINE void multiply(const C* a, std::ptrdiff_t a_row, std::ptrdiff_t
     }
 }
 
-// Runs body(std::integral_constant-like tag of MR, first row) over `rows` rows in register tiles, the
-// last ones narrower so that one row costs one row.
+// Runs body(std::integral_constant-like tag of MR, first row) over `rows` rows in register tiles,
+// the last ones narrower so that one row costs one row.
 template <int N>
 struct Int {
     static constexpr int value = N;
@@ -94,8 +94,8 @@ LORA_ORTHO_INLINE View<IO> view_of(const lora_ortho_matrix& m) {
     return {static_cast<const IO*>(m.data), m.row_stride, m.col_stride};
 }
 
-// out[i][j] = view(row0 + i, col0 + j), `rows` x `cols`, row pitch `pitch`; columns up to `padded` are
-// zeroed.
+// out[i][j] = view(row0 + i, col0 + j), `rows` x `cols`, row pitch `pitch`; columns up to `padded`
+// are zeroed.
 template <class IO, class C>
 LORA_ORTHO_INLINE void load_block(View<IO> view, std::int64_t row0, std::int64_t rows,
                                   std::int64_t col0, std::int64_t cols, std::int64_t padded, C* out,

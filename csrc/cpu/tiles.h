@@ -1,11 +1,11 @@
-// Products of bfloat16 tiles with float32 sums, by AMX. (The same tiles on AVX512_BF16 dot products took
-// 1.8 to 4.9 times as long as the float kernels do on that processor.)
+// Products of bfloat16 tiles with float32 sums, by AMX. (The same tiles on AVX512_BF16 dot products
+// took 1.8 to 4.9 times as long as the float kernels do on that processor.)
 //
-// A float32 operand is three bfloat16 planes, x = x0 + x1 + x2 exactly (8 bits each, truncated), and a
-// product keeps the six terms x_a y_b with a + b <= 2: what is dropped is at most 2^-21 of the product and
-// 2^-24.5 in the mean over normal operands, about the rounding of one float32 operation. Values below
-// 2^-102 lose their last planes to the flush of denormals; a non-finite value makes what it touches
-// non-finite.
+// A float32 operand is three bfloat16 planes, x = x0 + x1 + x2 exactly (8 bits each, truncated),
+// and a product keeps the six terms x_a y_b with a + b <= 2: what is dropped is at most 2^-21 of
+// the product and 2^-24.5 in the mean over normal operands, about the rounding of one float32
+// operation. Values below 2^-102 lose their last planes to the flush of denormals; a non-finite
+// value makes what it touches non-finite.
 #pragma once
 
 #include "cpu/simd.h"
@@ -23,7 +23,8 @@ constexpr bool kTiled<float> = true;
 template <>
 constexpr bool kTiled<bfloat16> = true;
 
-// A tile: 16 rows of 32 bfloat16 (left operand), or 16 pairs of steps by 16 columns (right operand).
+// A tile: 16 rows of 32 bfloat16 (left operand), or 16 pairs of steps by 16 columns (right
+// operand).
 constexpr int kTile = 16, kTileSteps = 32;
 constexpr std::ptrdiff_t kTileBytes = 1024;
 
@@ -81,8 +82,8 @@ public:
     TileState& operator=(const TileState&) = delete;
 };
 
-// Registers: sums 0-3, left operands 4-5, right operands 6-7. A right tile serves two blocks of rows:
-// what bounds the long products is the second-level cache it comes from.
+// Registers: sums 0-3, left operands 4-5, right operands 6-7. A right tile serves two blocks of
+// rows: what bounds the long products is the second-level cache it comes from.
 template <int P, int NA, int NB, int pb, int pa>
 LORA_ORTHO_INLINE void step_planes(const char* a, std::ptrdiff_t a_row, std::ptrdiff_t a_plane,
                                    const char* b, const Right& right) {
@@ -146,7 +147,8 @@ LORA_ORTHO_INLINE void product_rows(const Left& a, const Right& b, std::int64_t 
     }
 }
 
-// Two vectors of float32 to 32 bfloat16 in each of P planes: rounded with one plane, exact with three.
+// Two vectors of float32 to 32 bfloat16 in each of P planes: rounded with one plane, exact with
+// three.
 template <int P>
 LORA_ORTHO_INLINE void split(Vec<float> first, Vec<float> second, bfloat16* out,
                              std::ptrdiff_t plane) {
@@ -156,9 +158,9 @@ LORA_ORTHO_INLINE void split(Vec<float> first, Vec<float> second, bfloat16* out,
     } else {
         using U = Vec<std::uint32_t>;
         // High halves of both vectors, in order: words 1, 3, 5, ... of the pair.
-        const __m512i odd = _mm512_set_epi16(63, 61, 59, 57, 55, 53, 51, 49, 47, 45, 43, 41, 39, 37,
-                                             35, 33, 31, 29, 27, 25, 23, 21, 19, 17, 15, 13, 11, 9,
-                                             7, 5, 3, 1);
+        const __m512i odd =
+            _mm512_set_epi16(63, 61, 59, 57, 55, 53, 51, 49, 47, 45, 43, 41, 39, 37, 35, 33, 31, 29,
+                             27, 25, 23, 21, 19, 17, 15, 13, 11, 9, 7, 5, 3, 1);
 #pragma GCC unroll 3
         for (int p = 0; p < P; ++p) {
             _mm512_storeu_si512(out + p * plane,

@@ -63,8 +63,8 @@ void reduce_tiles(const TileLayout& l, const Draw& draw, View<IO> grad, const Le
             const std::int64_t row0 = stripe.begin(stripes) * kTileSteps;
             const std::int64_t end = stripe.end(stripes) * kTileSteps;
             if (busy)
-                tile_reduce_block<IO, P>(l, draw, grad, transposed, row0, end < tokens ? end : tokens,
-                                         col0, cols, ds, t);
+                tile_reduce_block<IO, P>(l, draw, grad, transposed, row0,
+                                         end < tokens ? end : tokens, col0, cols, ds, t);
             team.barrier();
         }
         if (busy && factors.dB)
@@ -93,8 +93,8 @@ LORA_ORTHO_INLINE void scale_ds(const TileLayout& l, const double* gains, const 
 
 // dx = ds A over rows [row0, row1).
 template <class IO, int P>
-void write_dx_tiles(const TileLayout& l, const float* ds, std::int64_t row0, std::int64_t row1, IO* dx,
-                    TileGradientScratch<P>& t) {
+void write_dx_tiles(const TileLayout& l, const float* ds, std::int64_t row0, std::int64_t row1,
+                    IO* dx, TileGradientScratch<P>& t) {
     auto* block = reinterpret_cast<bfloat16*>(t.dA());
     const View<float> view{ds, l.narrow_sum, 1};
     for (std::int64_t m = row0; m < row1; m += kTileBlock) {
@@ -102,11 +102,12 @@ void write_dx_tiles(const TileLayout& l, const float* ds, std::int64_t row0, std
         const int padded = rows > kTile ? kTileBlock : kTile;
         const Left a = load_left<float, P>(view, m, rows, padded, 0, l.narrow_sum, false, block);
         for (std::int64_t n = 0; n < l.h.d_in; n += kTileColumns) {
-            const int cols = static_cast<int>(l.h.d_in - n < kTileColumns ? l.h.d_in - n
-                                                                          : kTileColumns);
+            const int cols =
+                static_cast<int>(l.h.d_in - n < kTileColumns ? l.h.d_in - n : kTileColumns);
             product_rows<P>(a, l.right(7, 0, n / kTile), l.blocks(7), padded, ceil_div(cols, kTile),
                             t.sums[0], kTileColumns, false);
-            finish_block<IO, float>(t.sums[0], kTileColumns, nullptr, m, rows, n, cols, l.h.d_in, dx);
+            finish_block<IO, float>(t.sums[0], kTileColumns, nullptr, m, rows, n, cols, l.h.d_in,
+                                    dx);
         }
     }
 }
@@ -119,7 +120,8 @@ void write_dA_tiles(const TileLayout& l, const Left& transposed, View<IO> x, std
     float* sums = t.dA();
     std::memset(sums, 0, static_cast<std::size_t>(l.narrow_sum * kGradientColumns * 4));
     for (std::int64_t m = 0; m < tokens; m += kReduceRows<P>) {
-        const int count = static_cast<int>(tokens - m < kReduceRows<P> ? tokens - m : kReduceRows<P>);
+        const int count =
+            static_cast<int>(tokens - m < kReduceRows<P> ? tokens - m : kReduceRows<P>);
         load_tile_block(x, m, count, col0, cols, t.x);
         interleave_block(t.x);
         for (std::int64_t r = 0; r < l.narrow_sum; r += kTileBlock) {
@@ -131,8 +133,8 @@ void write_dA_tiles(const TileLayout& l, const Left& transposed, View<IO> x, std
         }
     }
     for (int j = 0; j < l.h.adapters; ++j)
-        write_dA(l, sums + j * l.narrow * kGradientColumns, kGradientColumns, l.rank_begin[j], l.ranks[j],
-                 col0, cols, factors);
+        write_dA(l, sums + j * l.narrow * kGradientColumns, kGradientColumns, l.rank_begin[j],
+                 l.ranks[j], col0, cols, factors);
 }
 
 template <class IO>
@@ -167,12 +169,13 @@ void backward_tiles(const void* packed, const lora_ortho_call& call, const lora_
                               return to_compute(s_in[m * l.h.rank_sum + l.rank_begin[j] + k]);
                           });
         team.barrier();
-        reduce_tiles<IO, P>(l, draw, view_of<IO>(grad), transposed, sizes.rows, ds,
-                            factors, team, *reinterpret_cast<TileReduceScratch<P>*>(own));
+        reduce_tiles<IO, P>(l, draw, view_of<IO>(grad), transposed, sizes.rows, ds, factors, team,
+                            *reinterpret_cast<TileReduceScratch<P>*>(own));
         auto& t = *reinterpret_cast<TileGradientScratch<P>*>(own);
         for (std::int64_t c = team.begin(chunks); c < team.end(chunks); ++c) {
             const std::int64_t begin = c * kGainRows;
-            const std::int64_t end = begin + kGainRows < call.tokens ? begin + kGainRows : call.tokens;
+            const std::int64_t end =
+                begin + kGainRows < call.tokens ? begin + kGainRows : call.tokens;
             scale_ds<IO>(l, call.gains, s_in, begin, end, ds, sums + c * l.h.adapters);
             if (factors.dA)
                 transpose_rows<P>(l, begin, end, sizes.pitch, flipped,
@@ -187,10 +190,10 @@ void backward_tiles(const void* packed, const lora_ortho_call& call, const lora_
         if (factors.dA)
             for (std::int64_t p = team.begin(pieces); p < team.end(pieces); ++p) {
                 const std::int64_t col0 = p * kGradientColumns, left = l.h.d_in - col0;
-                write_dA_tiles<IO, P>(l, transposed, view_of<IO>(x), call.tokens, col0,
-                                      static_cast<int>(left < kGradientColumns ? left
-                                                                               : kGradientColumns),
-                                      factors, t);
+                write_dA_tiles<IO, P>(
+                    l, transposed, view_of<IO>(x), call.tokens, col0,
+                    static_cast<int>(left < kGradientColumns ? left : kGradientColumns), factors,
+                    t);
             }
     });
 }

@@ -27,12 +27,12 @@ LORA_ORTHO_INLINE std::int64_t tile_rows_per_chunk(const TileLayout& l) {
 }
 template <int P>
 LORA_ORTHO_INLINE std::size_t tile_expand_scratch(const TileLayout& l) {
-    return sizeof(TileScratch) + static_cast<std::size_t>(tile_rows_per_chunk<P>(l) *
-                                                          left_pitch(l.wide_sum) * 2 * P);
+    return sizeof(TileScratch) +
+           static_cast<std::size_t>(tile_rows_per_chunk<P>(l) * left_pitch(l.wide_sum) * 2 * P);
 }
 
-// The left operand gain_j s_j of a chunk, adapters at multiples of `wide`, rows beyond zeroed up to a
-// multiple of 16.
+// The left operand gain_j s_j of a chunk, adapters at multiples of `wide`, rows beyond zeroed up to
+// a multiple of 16.
 template <class IO, int P>
 LORA_ORTHO_INLINE Left scale_left(const TileLayout& l, const double* gains, const IO* s,
                                   std::int64_t row0, std::int64_t rows, bfloat16* out) {
@@ -45,8 +45,8 @@ LORA_ORTHO_INLINE Left scale_left(const TileLayout& l, const double* gains, cons
             bfloat16* to = out + i * pitch + j * l.wide;
             std::int64_t k = 0;
             for (; k + kTileSteps <= l.ranks[j]; k += kTileSteps)
-                split<P>(gain * load_compute(from + k), gain * load_compute(from + k + kTile), to + k,
-                         plane);
+                split<P>(gain * load_compute(from + k), gain * load_compute(from + k + kTile),
+                         to + k, plane);
             for (; k < l.ranks[j]; ++k) split_one<P>(gain * to_compute(from[k]), to + k, plane);
             from += l.ranks[j];
         }
@@ -77,8 +77,8 @@ LORA_ORTHO_INLINE void prefetch_block(const TileOutput<IO>& out) {
 }
 
 // Owners among `count` adapters, in products[0] the last of them: an element takes the last product
-// whose limit its draw does not exceed, else what an earlier group left in sums. The last group adds
-// base, rounds and writes y where whole vectors can be written.
+// whose limit its draw does not exceed, else what an earlier group left in sums. The last group
+// adds base, rounds and writes y where whole vectors can be written.
 template <class IO, bool first, bool last>
 LORA_ORTHO_INLINE void combine_owned(const std::uint16_t* const* draws, const std::uint32_t* limits,
                                      int count, const TileOutput<IO>& out, TileScratch& t) {
@@ -124,8 +124,8 @@ LORA_ORTHO_INLINE void add_kept(const std::uint16_t* draws, std::uint32_t limit,
         for (int half = 0; half < 2; ++half) {
             const __m512 old = _mm512_load_ps(sums + n + 16 * half);
             _mm512_store_ps(sums + n + 16 * half,
-                            _mm512_mask_add_ps(old, static_cast<__mmask16>(kept >> (16 * half)), old,
-                                               _mm512_load_ps(products + n + 16 * half)));
+                            _mm512_mask_add_ps(old, static_cast<__mmask16>(kept >> (16 * half)),
+                                               old, _mm512_load_ps(products + n + 16 * half)));
         }
     }
 }
@@ -136,8 +136,8 @@ LORA_ORTHO_INLINE void tile_expand_block(const TileLayout& l, const Draw& draw, 
                                          const TileOutput<IO>& out, TileScratch& t) {
     const int K = l.h.adapters, method = l.h.method;
     const std::int64_t blocks = l.wide / kTileSteps;
-    auto products = [&](std::int64_t first, std::int64_t steps, float* to)
-                        __attribute__((always_inline)) {
+    auto products = [&](std::int64_t first, std::int64_t steps,
+                        float* to) __attribute__((always_inline)) {
         const Left a{bytes_at(scaled.data, 2 * kTileSteps * first), scaled.row, scaled.step,
                      scaled.plane};
         product_rows<kPlanes<IO>>(a, l.right(5, first, out.col0 / kTile), steps, out.rows,
@@ -180,8 +180,8 @@ LORA_ORTHO_INLINE void tile_expand_block(const TileLayout& l, const Draw& draw, 
     } else {
         products(0, l.blocks(5), t.sums[0]);
     }
-    finish_block<IO, float>(t.sums[0], kTileColumns, out.base, out.row0, out.rows, out.col0, out.cols,
-                            out.d_out, out.y);
+    finish_block<IO, float>(t.sums[0], kTileColumns, out.base, out.row0, out.rows, out.col0,
+                            out.cols, out.d_out, out.y);
 }
 
 template <class IO>
@@ -197,7 +197,8 @@ void forward_tiles(const void* packed, const lora_ortho_call& call, const lora_o
     const Draw draw{call, l};
     const View<IO> base_view = base ? view_of<IO>(*base) : View<IO>{};
     IO* s_out = static_cast<IO*>(s);
-    const bool large = call.tokens * l.h.d_out * 2 * static_cast<std::int64_t>(sizeof(IO)) > kLargeBytes;
+    const bool large =
+        call.tokens * l.h.d_out * 2 * static_cast<std::int64_t>(sizeof(IO)) > kLargeBytes;
     run_team(threads, [&](const Team& team) {
         first.run(view_of<IO>(x), s_out, team, scratch.of<char>(team), shared.of<char>(Team{0, 1}));
         const TileState state;
@@ -205,18 +206,24 @@ void forward_tiles(const void* packed, const lora_ortho_call& call, const lora_o
         auto* scaled = reinterpret_cast<bfloat16*>(&t + 1);
         for_chunks(team, call.tokens, l.h.d_out, tile_rows_per_chunk<P>(l),
                    [&](std::int64_t row0, std::int64_t rows, std::int64_t col0, std::int64_t cols) {
-            const Left left = scale_left<IO, P>(l, call.gains, s_out, row0, rows, scaled);
-            for_blocks(rows, cols, kTileBlock, kTileColumns, l.wide_sum * 2 * P,
-                       [&](std::int64_t i, int height, std::int64_t n, int width) {
-                const TileOutput<IO> out{base ? &base_view : nullptr, static_cast<IO*>(y), row0 + i,
-                                         col0 + n, l.h.d_out, height, width};
-                if (large) prefetch_block(out);
-                tile_expand_block(l, draw,
-                                  Left{bytes_at(left.data, i * left.row), left.row, left.step,
-                                       left.plane},
-                                  out, t);
-            });
-        });
+                       const Left left =
+                           scale_left<IO, P>(l, call.gains, s_out, row0, rows, scaled);
+                       for_blocks(rows, cols, kTileBlock, kTileColumns, l.wide_sum * 2 * P,
+                                  [&](std::int64_t i, int height, std::int64_t n, int width) {
+                                      const TileOutput<IO> out{base ? &base_view : nullptr,
+                                                               static_cast<IO*>(y),
+                                                               row0 + i,
+                                                               col0 + n,
+                                                               l.h.d_out,
+                                                               height,
+                                                               width};
+                                      if (large) prefetch_block(out);
+                                      tile_expand_block(l, draw,
+                                                        Left{bytes_at(left.data, i * left.row),
+                                                             left.row, left.step, left.plane},
+                                                        out, t);
+                                  });
+                   });
     });
 }
 

@@ -1,5 +1,5 @@
-// Packed factors of the tile kernels, all right operands of P bfloat16 planes (tiles.h); sections that
-// the path does not need are empty:
+// Packed factors of the tile kernels, all right operands of P bfloat16 planes (tiles.h); sections
+// that the path does not need are empty:
 //   section 4  A       steps d_in,                 columns rank_sum       shrink
 //   section 5  B       steps K * wide,             columns d_out          expand
 //   section 6  B^T     steps d_out,                columns K * narrow     backward, ds
@@ -50,11 +50,11 @@ void plan_tiles(Header& h) {
                       : std::int64_t{0};
     };
     const bool backward = h.path & kTileBackward;
-    place_sections(h, kTileSection,
-                   {bytes(h.path & kTileShrink, h.d_in, h.rank_sum),
-                    bytes((h.path & kExpandMask) == kExpandTiles, round_up(narrow, kTileSteps) * K,
-                          h.d_out),
-                    bytes(backward, h.d_out, narrow * K), bytes(backward, narrow * K, h.d_in)});
+    place_sections(
+        h, kTileSection,
+        {bytes(h.path & kTileShrink, h.d_in, h.rank_sum),
+         bytes((h.path & kExpandMask) == kExpandTiles, round_up(narrow, kTileSteps) * K, h.d_out),
+         bytes(backward, h.d_out, narrow * K), bytes(backward, narrow * K, h.d_in)});
 }
 
 // Element (i, j) of a factor, whatever its storage type.
@@ -72,8 +72,8 @@ LORA_ORTHO_INLINE double element(const lora_ortho_matrix& m, std::int64_t i, std
 template <int P>
 void pack_tiles(const lora_ortho_factors& f, void* packed, const Team& team) {
     const TileLayout l(packed, P);
-    auto put = [&](int section, std::int64_t step, std::int64_t column, float value)
-                   __attribute__((always_inline)) {
+    auto put = [&](int section, std::int64_t step, std::int64_t column,
+                   float value) __attribute__((always_inline)) {
         const std::int64_t blocks = l.blocks(section);
         char* at = static_cast<char*>(packed) + l.h.section[section];
         split_one<P>(value, reinterpret_cast<bfloat16*>(at) + right_index(step, column, blocks, P),

@@ -1,5 +1,5 @@
-// Reduce on tiles: for each adapter the gradient is masked twice, as left operand of ds and, its rows
-// interleaved in pairs, as right operand of dB^T.
+// Reduce on tiles: for each adapter the gradient is masked twice, as left operand of ds and, its
+// rows interleaved in pairs, as right operand of dB^T.
 #pragma once
 
 #include "cpu/reduce.h"
@@ -14,8 +14,8 @@ template <int P>
 constexpr int kReduceRows = P == 1 ? 128 : 64;
 constexpr int kReduceColumns = 128;
 
-// A block of `rows` by `columns` in P planes, as left operand (steps are columns) and as right operand
-// (steps are rows).
+// A block of `rows` by `columns` in P planes, as left operand (steps are columns) and as right
+// operand (steps are rows).
 template <int P, int rows, int columns>
 struct TileBlock {
     static constexpr std::ptrdiff_t pitch = columns + kTileSteps;
@@ -94,8 +94,8 @@ LORA_ORTHO_INLINE void draw_tile(const Draw& draw, int lane_set, std::int64_t ro
         std::memcpy(t.draws[i], draw.row(block, row0 + i, t.buffer), sizeof t.draws[i]);
     for (int pair = 0; pair < (count + 1) / 2; ++pair)
         for (int n = 0; n < kReduceColumns; n += kTile)
-            _mm512_store_si512(t.pairs[pair] + 2 * n, interleave(t.draws[2 * pair] + n,
-                                                                 t.draws[2 * pair + 1] + n));
+            _mm512_store_si512(t.pairs[pair] + 2 * n,
+                               interleave(t.draws[2 * pair] + n, t.draws[2 * pair + 1] + n));
 }
 
 // masked = grad where first <= draw <= last.
@@ -108,14 +108,14 @@ LORA_ORTHO_INLINE void mask_tile(int count, std::uint32_t first, std::uint32_t l
         const __m512i u = _mm512_load_si512(draws);
         return _mm512_mask_cmple_epu16_mask(_mm512_cmpge_epu16_mask(u, low), u, high);
     };
-    auto copy = [](bfloat16* to, const bfloat16* from, __mmask32 mask) __attribute__((always_inline)) {
+    auto copy = [](bfloat16* to, const bfloat16* from,
+                   __mmask32 mask) __attribute__((always_inline)) {
         _mm512_store_si512(to, _mm512_maskz_mov_epi16(mask, _mm512_load_si512(from)));
     };
     for (int i = 0; i < count; ++i)
         for (int n = 0; n < kReduceColumns; n += kTileSteps) {
             const __mmask32 mask = kept(t.draws[i] + n);
-            for (int p = 0; p < P; ++p)
-                copy(t.masked.left[p][i] + n, t.grad.left[p][i] + n, mask);
+            for (int p = 0; p < P; ++p) copy(t.masked.left[p][i] + n, t.grad.left[p][i] + n, mask);
         }
     for (int pair = 0; pair < count / 2; ++pair)
         for (int q = 0; q < kReduceColumns / kTile; ++q) {
@@ -152,8 +152,8 @@ void tile_reduce_block(const TileLayout& l, const Draw& draw, View<IO> grad, con
                                 ds + (m + i) * l.narrow_sum + j * l.narrow, l.narrow_sum, true);
             for (std::int64_t k = 0; k < l.narrow; k += kTileBlock) {
                 const std::int64_t rank = j * l.narrow + k;
-                const Left a{bytes_at(transposed.data, rank * transposed.row + 2 * m), transposed.row,
-                             transposed.step, transposed.plane};
+                const Left a{bytes_at(transposed.data, rank * transposed.row + 2 * m),
+                             transposed.row, transposed.step, transposed.plane};
                 product_rows<P>(a, t.masked.as_right(), padded / kTileSteps,
                                 l.narrow - k > kTile ? kTileBlock : kTile, kReduceColumns / kTile,
                                 t.db() + rank * kReduceColumns, kReduceColumns, true);
@@ -162,8 +162,8 @@ void tile_reduce_block(const TileLayout& l, const Draw& draw, View<IO> grad, con
     }
 }
 
-// The left operand of a transposed matrix v (rows, narrow_sum) with float elements value(row, j, k).
-// Writes rows [row0, row1) as steps.
+// The left operand of a transposed matrix v (rows, narrow_sum) with float elements value(row, j,
+// k). Writes rows [row0, row1) as steps.
 template <int P, class Value>
 LORA_ORTHO_INLINE void transpose_rows(const TileLayout& l, std::int64_t row0, std::int64_t row1,
                                       std::ptrdiff_t pitch, bfloat16* out, Value value) {

@@ -17,17 +17,18 @@ LORA_ORTHO_INLINE ShrinkConfig tile_shrink_config(const Layout& l, std::int64_t 
     return {l, tokens, P == 1 ? 256 : 128, fit > 256 ? 256 : fit < 32 ? 32 : fit, 32};
 }
 
-// Elements between the rows of a left operand: an odd number of cache lines, so that the rows of a tile
-// do not meet in one set of the cache.
+// Elements between the rows of a left operand: an odd number of cache lines, so that the rows of a
+// tile do not meet in one set of the cache.
 LORA_ORTHO_INLINE std::int64_t left_pitch(std::int64_t steps) {
     return round_up(steps, 2 * kTileSteps) + kTileSteps;
 }
 
-// A left operand of `rows` rows and `steps` steps in P planes, zero beyond them up to `padded_rows` and
-// to whole blocks. Whole rows may be used where they lie if `direct`.
+// A left operand of `rows` rows and `steps` steps in P planes, zero beyond them up to `padded_rows`
+// and to whole blocks. Whole rows may be used where they lie if `direct`.
 template <class IO, int P>
 LORA_ORTHO_INLINE Left load_left(View<IO> view, std::int64_t row0, int rows, int padded_rows,
-                                 std::int64_t k0, std::int64_t steps, bool direct, bfloat16* block) {
+                                 std::int64_t k0, std::int64_t steps, bool direct,
+                                 bfloat16* block) {
     const std::int64_t pitch = left_pitch(steps), plane = padded_rows * pitch;
     if constexpr (sizeof(IO) == 2)
         if (direct && view.col == 1 && rows == padded_rows && steps % kTileSteps == 0)
@@ -71,17 +72,18 @@ void tile_shrink_step(const TileLayout& l, View<IO> x, std::int64_t row0, int ro
 
 // Writes s, float32 from three planes or bfloat16 from one. Ends with a barrier.
 template <class IO>
-LORA_ORTHO_INLINE void shrink_tiles(const Layout& layout, const ShrinkConfig& config, View<IO> x, IO* s,
-                                    const Team& team, float* sums, float* partials, void* block) {
+LORA_ORTHO_INLINE void shrink_tiles(const Layout& layout, const ShrinkConfig& config, View<IO> x,
+                                    IO* s, const Team& team, float* sums, float* partials,
+                                    void* block) {
     constexpr int P = kPlanes<IO>;
     const TileState state;
     const TileLayout l(layout.base, P);
-    shrink<IO, float>(l, config, s, team, sums, partials,
-                      [&](std::int64_t row0, int rows, std::int64_t k0, std::int64_t steps, bool add,
-                          float* to) {
-                          tile_shrink_step<IO, P>(l, x, row0, rows, k0, steps, add, to,
-                                                  static_cast<bfloat16*>(block));
-                      });
+    shrink<IO, float>(
+        l, config, s, team, sums, partials,
+        [&](std::int64_t row0, int rows, std::int64_t k0, std::int64_t steps, bool add, float* to) {
+            tile_shrink_step<IO, P>(l, x, row0, rows, k0, steps, add, to,
+                                    static_cast<bfloat16*>(block));
+        });
 }
 
 #endif

@@ -22,7 +22,7 @@ Status launch(void (*kernel)(const Arguments), std::int64_t blocks, int threads,
         return LORA_ORTHO_CUDA_ERROR;
     }
     kernel<<<static_cast<unsigned>(blocks), threads, static_cast<std::size_t>(shared_bytes),
-             static_cast<cudaStream_t>(stream)>>>(arguments);
+             static_cast<cudaStream_t>(stream)> > >(arguments);
     return cudaGetLastError() == cudaSuccess ? LORA_ORTHO_OK : LORA_ORTHO_CUDA_ERROR;
 }
 

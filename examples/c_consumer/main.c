@@ -42,7 +42,7 @@ static double formula(int m, int n, const uint32_t* thresholds, const double* ga
 
 /* y[1][0 .. 5]. */
 static const float STORED[6] = {-0.0762008429f, -4.81173038f, -1.09055281f,
-                                -0.39593184f,  0.722269356f, -6.81371641f};
+                                -0.39593184f,   0.722269356f, -6.81371641f};
 
 /* The draws in a file of known answers that differ from the library's; dies without any. */
 static int wrong_draws(const char* path) {
@@ -56,8 +56,9 @@ static int wrong_draws(const char* path) {
     while (fgets(line, sizeof line, file)) {
         int64_t seed, row, col;
         uint32_t stream, sample, lane_set, u;
-        if (sscanf(line, "draw %" SCNd64 " %" SCNu32 " %" SCNu32 " %" SCNu32 " %" SCNd64 " %" SCNd64
-                         " -> %" SCNu32,
+        if (sscanf(line,
+                   "draw %" SCNd64 " %" SCNu32 " %" SCNu32 " %" SCNu32 " %" SCNd64 " %" SCNd64
+                   " -> %" SCNu32,
                    &seed, &stream, &sample, &lane_set, &row, &col, &u) != 7)
             continue;
         uint16_t draw;
@@ -128,7 +129,7 @@ int main(int argc, char** argv) {
         }
     }
     for (int n = 0; n < 6; ++n) worst = fmax(worst, fabs(y[1][n] - STORED[n]));
-    printf("lora_ortho %s, %s: largest difference from the formula and stored values %.1e\n", lora_ortho_version(),
-           lora_ortho_isa_name(lora_ortho_best_isa()), worst);
+    printf("lora_ortho %s, %s: largest difference from the formula and stored values %.1e\n",
+           lora_ortho_version(), lora_ortho_isa_name(lora_ortho_best_isa()), worst);
     return worst < 1e-4 ? 0 : 1;
 }

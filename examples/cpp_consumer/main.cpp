@@ -1,5 +1,6 @@
-// Monte Carlo samples of one merge and the gradient of its weights, through the C interface, checked
-// by statistics, against stored values and against a file of known draws, where one is given:
+// Monte Carlo samples of one merge and the gradient of its weights, through the C interface,
+// checked by statistics, against stored values and against a file of known draws, where one is
+// given:
 //   c++ -std=c++17 main.cpp $(pkg-config --cflags --libs lora_ortho) -o cpp_consumer
 #include <lora_ortho/lora_ortho.h>
 #include <lora_ortho/mask_stream.h>
@@ -123,7 +124,8 @@ private:
 constexpr double kStored[] = {-11.644454796348789, -3.4207303264667552, -2.7203381532349136,
                               5.0226314841594197,  -3.1134659752920224, -5.8338725489480465};
 
-// How many blocks of draws in a file of known answers differ from the library's; throws without any.
+// How many blocks of draws in a file of known answers differ from the library's; throws without
+// any.
 int wrong_blocks(const char* path) {
     std::ifstream file(path);
     int wrong = 0, all = 0;

@@ -29,8 +29,10 @@ def one_line(error: BaseException) -> str:
 
 def in_words_of(error: BaseException, option: str) -> str:
     """A message that speaks of the argument `model`, for those who have an option instead."""
-    return one_line(error).replace("as model, or choose with part=", f"as {option}").replace(
-        "as model", f"as {option}"
+    return (
+        one_line(error)
+        .replace("as model, or choose with part=", f"as {option}")
+        .replace("as model", f"as {option}")
     )
 
 

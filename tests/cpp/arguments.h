@@ -148,10 +148,9 @@ struct Arguments {
         return status;
     }
     lora_ortho_status backward() {
-        const lora_ortho_status status =
-            lora_ortho_backward(packed, packed_bytes, &call, &base, &x, s.data(), dx.data(),
-                                dA.data(), dB.data(), factor_dtype, dgains.data(), workspace,
-                                sizeof workspace);
+        const lora_ortho_status status = lora_ortho_backward(
+            packed, packed_bytes, &call, &base, &x, s.data(), dx.data(), dA.data(), dB.data(),
+            factor_dtype, dgains.data(), workspace, sizeof workspace);
         if (status != LORA_ORTHO_OK) CHECK(dx[0] == kUntouched && dgains[0] == kUntouched);
         return status;
     }

@@ -175,8 +175,8 @@ struct Layer {
     }
 };
 
-// All outputs of the formula. ds = dL/ds, gains folded in; saved = s as it is kept in its dtype; dB one
-// block (d_out, r_j) after another.
+// All outputs of the formula. ds = dL/ds, gains folded in; saved = s as it is kept in its dtype; dB
+// one block (d_out, r_j) after another.
 struct Formula {
     Expected s, saved, y, ds, dx, dA, dB, dgains;
 

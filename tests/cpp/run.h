@@ -176,10 +176,9 @@ inline void backward(const Layer& l, const Buffer& packed, int threads, Outputs&
     const auto data = [&](int bit, const Buffer& buffer) -> void* {
         return wanted & bit ? buffer.data() : nullptr;
     };
-    CHECK_EQ(
-        lora_ortho_backward(packed.data(), packed.bytes(), &call, &l.grad.view, &l.x.view,
-                            out.s.data(), data(1, out.dx), data(2, out.dA), data(4, out.dB),
-                            l.shape.factor_dtype, static_cast<double*>(data(8, out.dgains)),
-                            workspace.data(), bytes),
-        LORA_ORTHO_OK);
+    CHECK_EQ(lora_ortho_backward(packed.data(), packed.bytes(), &call, &l.grad.view, &l.x.view,
+                                 out.s.data(), data(1, out.dx), data(2, out.dA), data(4, out.dB),
+                                 l.shape.factor_dtype, static_cast<double*>(data(8, out.dgains)),
+                                 workspace.data(), bytes),
+             LORA_ORTHO_OK);
 }

@@ -33,10 +33,10 @@ TEST(valid_arguments_reach_the_kernels) {
     CHECK_EQ(lora_ortho_forward(a.packed, a.packed_bytes, &a.call, &a.x, nullptr, a.y.data(),
                                 a.s.data()),
              LORA_ORTHO_OK);
-    CHECK_EQ(lora_ortho_backward(a.packed, a.packed_bytes, &a.call, &a.base, &a.x, a.s.data(),
-                                 nullptr, nullptr, nullptr, LORA_ORTHO_FLOAT32, nullptr,
-                                 a.workspace, kWorkspace),
-             LORA_ORTHO_OK);
+    CHECK_EQ(
+        lora_ortho_backward(a.packed, a.packed_bytes, &a.call, &a.base, &a.x, a.s.data(), nullptr,
+                            nullptr, nullptr, LORA_ORTHO_FLOAT32, nullptr, a.workspace, kWorkspace),
+        LORA_ORTHO_OK);
 }
 
 TEST(factors_are_checked) {
@@ -218,10 +218,10 @@ TEST(no_tokens_need_no_memory_and_have_zero_gradients) {
     std::size_t bytes = 1;
     CHECK_EQ(lora_ortho_backward_bytes(a.packed, 2048, &a.call, &bytes), LORA_ORTHO_OK);
     CHECK_EQ(bytes, std::size_t{0});
-    CHECK_EQ(lora_ortho_backward(a.packed, 2048, &a.call, &a.base, &a.x, nullptr, nullptr,
-                                 a.dA.data(), a.dB.data(), LORA_ORTHO_FLOAT32, a.dgains.data(),
-                                 nullptr, 0),
-             LORA_ORTHO_OK);
+    CHECK_EQ(
+        lora_ortho_backward(a.packed, 2048, &a.call, &a.base, &a.x, nullptr, nullptr, a.dA.data(),
+                            a.dB.data(), LORA_ORTHO_FLOAT32, a.dgains.data(), nullptr, 0),
+        LORA_ORTHO_OK);
     for (const float value : a.dA) CHECK_EQ(value, 0.0f);
     for (const float value : a.dB) CHECK_EQ(value, 0.0f);
     for (const double value : a.dgains) CHECK_EQ(value, 0.0);

@@ -57,9 +57,7 @@ def test_every_mask(device: torch.device, backend: str, method: str, place: dict
 
 
 @pytest.mark.parametrize("case", SMALL[-1:] if REHEARSAL else LARGE, ids=str)
-def test_the_same_call_gives_the_same_bits(
-    device: torch.device, backend: str, case: Case
-) -> None:
+def test_the_same_call_gives_the_same_bits(device: torch.device, backend: str, case: Case) -> None:
     for dtype in DTYPES:
         tensors = move(make(case, dtype), case, device)
         first, second = (run(fused_ortho_lora, tensors, seed=9, backend=backend) for _ in "ab")

@@ -147,9 +147,7 @@ def test_a_fresh_seed_is_drawn_once(reentrant: bool, keep_rng: bool) -> None:
         y = layer(x)
         if wrapped:
             torch.manual_seed(1)
-            y = checkpoint(
-                layer, x, use_reentrant=reentrant, preserve_rng_state=keep_rng
-            )
+            y = checkpoint(layer, x, use_reentrant=reentrant, preserve_rng_state=keep_rng)
         torch.manual_seed(9)
         layer.zero_grad()
         y.square().sum().backward()

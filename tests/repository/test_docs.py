@@ -36,9 +36,7 @@ NEEDS = {
 
 
 @pytest.mark.parametrize("name", NEEDS)
-def test_page_runs(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_page_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for module, distribution in NEEDS[name].items():
         if module not in sys.modules and importlib.util.find_spec(module) is None:
             pytest.skip(f"docs/{name}.md: {distribution} is not installed")

@@ -268,7 +268,11 @@ def test_alphas_that_diffusers_would_not_end_with(tmp_path: Path, alpha: float) 
         "layers = load_adapter(sys.argv[1], SUBJECTS['flux'].make()).layers\n"
         "torch.save({n: p.scaling * p.lora_B @ p.lora_A for n, p in layers.items()}, sys.argv[2])"
     )
-    words = [str(path), str(tmp_path / "found.pt"), str(Path(__file__).parent)]
+    words = [
+        str(path),
+        str(tmp_path / "found.pt"),
+        str(Path(__file__).resolve().parents[1] / "support"),
+    ]
     subprocess.run([sys.executable, "-c", program, *words], check=True, timeout=120)
     found = torch.load(tmp_path / "found.pt")
     assert set(found) == set(right.layers)

@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
 
 @dataclass(frozen=True)

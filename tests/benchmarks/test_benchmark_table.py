@@ -13,7 +13,7 @@ from benchmarks.cases import CPU_CASES, DTYPES, GPU_CASES, TINY_CASES
 from benchmarks.table import blocks, report, update
 from benchmarks.targets import View, targets_of, views
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 README = ROOT / "README.md"
 RENEW = "run: make figures"
 

@@ -36,7 +36,7 @@ from benchmarks.harness import Effort, measure
 from benchmarks.run import main
 from benchmarks.table import update
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 SMALL = Case(24, 64, 160, 3, 4)
 BRIEF = Effort(0.0, round_seconds=1e-6, least=1, tries=1)
 BENCH = Bench("cpu", Host(), compiled=False)

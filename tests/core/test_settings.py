@@ -95,9 +95,7 @@ def test_all_weights_zero_give_the_base(server: Server) -> None:
 def test_weights_of_zero_may_be_kept() -> None:
     """Then they own their share of the elements, as in the op."""
     parts, weights = adapters(), [1.0, 0.0, 2.0]
-    layer = FusedOrthoLoRALinear(
-        nn.Linear(D_IN, D_OUT), parts, seed=SEED, keep_zero_weights=True
-    )
+    layer = FusedOrthoLoRALinear(nn.Linear(D_IN, D_OUT), parts, seed=SEED, keep_zero_weights=True)
     layer.weights = weights
     expected = fused_ortho_lora(
         X, [a.lora_A for a in parts], [a.lora_B for a in parts], weights=weights,

@@ -1,6 +1,6 @@
 """What the compiler made of the CUDA kernels: registers, spills, widths, instructions per element.
 
-``python tests/cuda_facts.py`` compiles them and writes the table into docs/cuda_kernels.md.
+``python tests/support/cuda_facts.py`` compiles them and writes the table into docs/cuda_kernels.md.
 """
 
 from __future__ import annotations

@@ -81,18 +81,18 @@ RUN: dict[str, tuple[str, str]] = {
 }
 NOT_RUN = {
     "cmake --preset release -DLORA_ORTHO_CUDA=ON && cmake --build --preset release": "compiles for "
-    "minutes and needs nvcc; cpp.md builds without CUDA kernels, tests/test_consumers.py installs",
+    "minutes and needs nvcc; cpp.md builds without CUDA kernels, test_consumers.py installs",
     "cmake --install build/release --prefix <prefix>": "the same",
-    "python tests/cuda_facts.py": "needs nvcc; tests/test_cuda_facts.py calls what it calls",
+    "python tests/support/cuda_facts.py": "needs nvcc; test_cuda_facts.py calls what it calls",
     "python -m lora_ortho.triton_kernels.resources": "compiles 288 kernels for minutes; "
-    "tests/test_triton_compile.py calls what it calls",
-    "python -m benchmarks --save": "writes into the sources; tests/test_benchmarks.py runs it on a "
+    "tests/triton_kernels/test_triton_compile.py calls what it calls",
+    "python -m benchmarks --save": "writes into the sources; test_benchmarks.py runs it on a "
     "copy of them",
     "shrink   s = x Aᵀ                                   (tokens, d_in) × (Σr, d_in)": "a formula",
     "shrink   out[m, r] = Σ_n mask(m, n) x[m, n] f[r, n]    s = x Aᵀ without masks; ds = (m ⊙ g) B "
     "with": "a formula",
     "```SmolLM2-135M-Instruct, 4 adapters on 120 layers, float32, 2 threads, seed 0": "what `make "
-    "demo` prints in three minutes; tests/test_demo.py runs the demo in small",
+    "demo` prints in three minutes; tests/repository/test_demo.py runs the demo in small",
 }
 
 # The same for all commands that begin so.

@@ -40,7 +40,7 @@ def test_the_oldest_version_interprets(oldest: dict[str, str]) -> None:
     )
     command: list[str | Path] = [
         sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", chosen,
-        Path("tests/test_triton_values.py"), Path("tests/test_triton_mask_stream.py"),
+        *(Path(__file__).with_name(f"test_triton_{name}.py") for name in ("values", "mask_stream")),
     ]  # fmt: skip
     printed = native.run(command, variables={**oldest, "TRITON_INTERPRET": "1"})
     passed = re.search(r"(\d+) passed", printed)

@@ -143,7 +143,7 @@ def test_the_package_without_its_extension() -> None:
     """It says so, a named backend does not fall back, and backend=None takes the reference."""
     done = subprocess.run(
         [sys.executable, "-c", _WITHOUT_EXTENSION], capture_output=True, text=True, check=False,
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent)},
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[1] / "support")},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     reason, sets, refused, same = done.stdout.splitlines()
