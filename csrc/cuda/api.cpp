@@ -1,27 +1,14 @@
 // The C interface of the CUDA kernels: checks every argument, then enqueues. No CUDA header here.
 #include <algorithm>
-#include <new>
 
-#include "cpu/factor_checks.h"
+#include "common/factor_checks.h"
+#include "common/guarded.h"
 #include "cuda/kernels.h"
 
 namespace lora_ortho::cuda {
 namespace {
 
-using namespace lora_ortho::cpu;
-
 constexpr std::int64_t kMaxRankSum = std::int64_t{1} << 31;
-
-template <class Body>
-Status guarded(Body&& body) noexcept {
-    try {
-        return body();
-    } catch (const std::bad_alloc&) {
-        return LORA_ORTHO_OUT_OF_MEMORY;
-    } catch (...) {
-        return LORA_ORTHO_INTERNAL_ERROR;
-    }
-}
 
 // The kernels of a dtype; null for float64.
 const Kernels* kernels_of(std::int32_t dtype) {
@@ -82,12 +69,8 @@ Status check_workspace(const void* workspace, std::size_t bytes, std::size_t nee
 }  // namespace
 }  // namespace lora_ortho::cuda
 
+using namespace lora_ortho;
 using namespace lora_ortho::cuda;
-using lora_ortho::cpu::check_factor_matrices;
-using lora_ortho::cpu::check_operand;
-using lora_ortho::cpu::check_pointer;
-using lora_ortho::cpu::dtype_bytes;
-using lora_ortho::cpu::is_aligned;
 
 extern "C" {
 

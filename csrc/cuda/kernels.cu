@@ -1,7 +1,7 @@
 // The launches of one element type, LORA_ORTHO_ELEMENT.
 #include "cuda/launch.h"
 
-#include "cpu/checks.h"
+#include "common/checks.h"
 #include "cuda/expand.h"
 #include "cuda/finish.h"
 #include "cuda/launch_config.h"
@@ -33,7 +33,7 @@ View<T> view_of(const lora_ortho_matrix* m) {
 // Whether every group of eight elements of a row is 16-byte aligned.
 bool is_wide(const View<T>& v, std::int64_t cols) {
     return v.col_stride == 1 && cols % 8 == 0 && v.row_stride * kSize % 16 == 0 &&
-           cpu::is_aligned(v.data, 16);
+           is_aligned(v.data, 16);
 }
 
 ShrinkConfig shrink_config(const Layout& l, std::int64_t rows, std::int64_t cols, Device device,
@@ -76,7 +76,7 @@ ExpandConfig expand_config(const Layout& l, std::int64_t rows, std::int64_t cols
 // Launches one of the four kernels that fits; `a` has everything but the configuration.
 Status expand(const ExpandConfig& config, bool orthogonal, ExpandArguments<T> a, void* stream) {
     a.row_warps = config.row_warps;
-    a.wide_s = cpu::is_aligned(a.s, 4 * sizeof(T));
+    a.wide_s = is_aligned(a.s, 4 * sizeof(T));
     a.stage_groups = config.stage_groups;
     a.row_blocks = static_cast<std::uint32_t>(config.row_blocks);
     a.block_groups = config.block_groups;
@@ -150,7 +150,7 @@ Status forward(const lora_ortho_factors& f, const void* packed, const lora_ortho
     const Layout l(f, sizeof(T));
     ExpandArguments<T> a = expand_arguments(l, packed, false);
     a.base = view_of(base);
-    const bool fast = f.d_out % 8 == 0 && cpu::is_aligned(y, 16) && c.col_offset % 8 == 0 &&
+    const bool fast = f.d_out % 8 == 0 && is_aligned(y, 16) && c.col_offset % 8 == 0 &&
                       (!base || is_wide(a.base, f.d_out));
     const ExpandConfig config = expand_config(l, c.tokens, f.d_out, device, fast);
     const ShrinkConfig shrink_by = shrink_config(l, c.tokens, f.d_in, device, config.staged);
@@ -188,12 +188,11 @@ struct BackwardPlan {
         const std::int64_t dB = dB_by.splits > 1 ? dB_by.splits * l.d_out * l.rank_sum : 0;
         const std::int64_t dA = dA_by.splits > 1 ? dA_by.splits * l.d_in * l.rank_sum : 0;
         ds_parts = 0;
-        ds = ds_parts +
-             cpu::align_up(static_cast<std::size_t>(ds_by.splits * saved) * sizeof(float));
-        dgains = ds + cpu::align_up(static_cast<std::size_t>(saved) * sizeof(T));
+        ds = ds_parts + align_up(static_cast<std::size_t>(ds_by.splits * saved) * sizeof(float));
+        dgains = ds + align_up(static_cast<std::size_t>(saved) * sizeof(T));
         sums = dgains +
-               cpu::align_up(static_cast<std::size_t>(finish_blocks * l.adapters) * sizeof(double));
-        bytes = sums + cpu::align_up(static_cast<std::size_t>(std::max(dA, dB)) * sizeof(float));
+               align_up(static_cast<std::size_t>(finish_blocks * l.adapters) * sizeof(double));
+        bytes = sums + align_up(static_cast<std::size_t>(std::max(dA, dB)) * sizeof(float));
     }
 };
 
@@ -267,7 +266,7 @@ Status backward(const lora_ortho_factors& f, const void* packed, const lora_orth
         LORA_ORTHO_CHECK(launch(gain_kernel<T>, 1, kFinishThreads, 0, stream, gain));
     }
     if (out.dx) {
-        const bool fast = f.d_in % 8 == 0 && cpu::is_aligned(out.dx, 16);
+        const bool fast = f.d_in % 8 == 0 && is_aligned(out.dx, 16);
         ExpandArguments<T> a = expand_arguments(l, packed, true);
         a.s = ds;
         a.rows = c.tokens;

@@ -3,20 +3,22 @@
 
 #include <algorithm>
 
-#include "cpu/checks.h"
+#include "common/checks.h"
+#include "common/draw.h"
 #include "lora_ortho/mask_stream.h"
 
-namespace lora_ortho::cpu {
+namespace lora_ortho {
 
 inline Status check_thresholds(const lora_ortho_factors& f) {
-    if (f.method == LORA_ORTHO_DIRECT) return LORA_ORTHO_OK;
+    const Draw draw = draw_of(f.method);
+    if (draw == Draw::kNone) return LORA_ORTHO_OK;
     LORA_ORTHO_CHECK(check_pointer(f.thresholds, alignof(std::uint32_t)));
     std::uint32_t below = 0;
     for (std::int32_t j = 0; j < f.adapters; ++j) {
         const std::uint32_t threshold = f.thresholds[j];
         if (threshold <= below || threshold > LORA_ORTHO_DRAW_LIMIT)
             return LORA_ORTHO_BAD_THRESHOLD;
-        if (f.method == LORA_ORTHO_ORTHOGONAL) below = threshold;
+        if (draw == Draw::kShared) below = threshold;
     }
     return LORA_ORTHO_OK;
 }
@@ -72,4 +74,4 @@ inline Status check_operand(std::int32_t dtype, std::int64_t tokens,
     return tokens == 0 ? LORA_ORTHO_OK : check_matrix(*matrix, tokens, cols);
 }
 
-}  // namespace lora_ortho::cpu
+}  // namespace lora_ortho

@@ -6,7 +6,7 @@
 
 #include "lora_ortho/lora_ortho.h"
 
-namespace lora_ortho::cpu {
+namespace lora_ortho {
 
 using Status = lora_ortho_status;
 
@@ -87,4 +87,4 @@ inline Status check_pointer(const void* data, std::size_t alignment) {
         if (lora_ortho_check_status != LORA_ORTHO_OK) return lora_ortho_check_status; \
     } while (0)
 
-}  // namespace lora_ortho::cpu
+}  // namespace lora_ortho

@@ -2,11 +2,12 @@
 #include <algorithm>
 #include <cmath>
 
-#include "cpu/checks.h"
+#include "common/checks.h"
+#include "common/draw.h"
 #include "lora_ortho/lora_ortho.h"
 #include "lora_ortho/mask_stream.h"
 
-namespace lora_ortho::cpu {
+namespace lora_ortho {
 namespace {
 
 constexpr double kDrawLimit = LORA_ORTHO_DRAW_LIMIT;
@@ -28,22 +29,23 @@ struct Stream {
     double keep[LORA_ORTHO_MAX_ADAPTERS];
 };
 
-Status thresholds_of(bool orthogonal, std::int32_t adapters, const double* p, Stream& stream) {
+Status thresholds_of(Draw draw, std::int32_t adapters, const double* p, Stream& stream) {
+    const bool shared = draw == Draw::kShared;
     std::uint64_t sum = 0;
     for (std::int32_t j = 0; j < adapters; ++j) {
         if (!(p[j] >= 0.0 && p[j] < 1.0)) return LORA_ORTHO_BAD_RATE;
         sum += keep_units(p[j]);
     }
-    if (orthogonal && as_double(sum) > 1.0 + kSumSlack) return LORA_ORTHO_BAD_RATE;
+    if (shared && as_double(sum) > 1.0 + kSumSlack) return LORA_ORTHO_BAD_RATE;
     sum = 0;
     std::uint32_t below = 0;
     for (std::int32_t j = 0; j < adapters; ++j) {
-        sum = keep_units(p[j]) + (orthogonal ? sum : 0);
+        sum = keep_units(p[j]) + (shared ? sum : 0);
         const std::uint32_t threshold = threshold_of(as_double(sum));
         if (threshold <= below) return LORA_ORTHO_BAD_THRESHOLD;
         stream.thresholds[j] = threshold;
         stream.keep[j] = (threshold - below) / kDrawLimit;
-        below = orthogonal ? threshold : 0;
+        below = shared ? threshold : 0;
     }
     return LORA_ORTHO_OK;
 }
@@ -61,9 +63,9 @@ void draw_row(std::uint64_t seed, std::uint32_t row, std::uint64_t col0, std::ui
 }
 
 }  // namespace
-}  // namespace lora_ortho::cpu
+}  // namespace lora_ortho
 
-using namespace lora_ortho::cpu;
+using namespace lora_ortho;
 
 extern "C" {
 
@@ -74,13 +76,14 @@ lora_ortho_status lora_ortho_thresholds(lora_ortho_method method, int32_t adapte
     LORA_ORTHO_CHECK(check_pointer(p, alignof(double)));
     LORA_ORTHO_CHECK(check_pointer(thresholds, alignof(std::uint32_t)));
     LORA_ORTHO_CHECK(check_pointer(keep, alignof(double)));
-    if (method == LORA_ORTHO_DIRECT) {
+    const Draw draw = draw_of(method);
+    if (draw == Draw::kNone) {
         std::fill_n(thresholds, adapters, LORA_ORTHO_DRAW_LIMIT);
         std::fill_n(keep, adapters, 1.0);
         return LORA_ORTHO_OK;
     }
     Stream stream;
-    LORA_ORTHO_CHECK(thresholds_of(method == LORA_ORTHO_ORTHOGONAL, adapters, p, stream));
+    LORA_ORTHO_CHECK(thresholds_of(draw, adapters, p, stream));
     std::copy_n(stream.thresholds, adapters, thresholds);
     std::copy_n(stream.keep, adapters, keep);
     return LORA_ORTHO_OK;
