@@ -85,10 +85,11 @@ public:
                                    base ? &base_matrix : nullptr, as_pointer(y), as_pointer(s)));
     }
 
-    void backward(const py::tuple& grad, const py::tuple& x, Address s, Address dx, Address dA,
-                  Address dB, const std::string& factor_dtype, Address dgains, std::int64_t tokens,
-                  Address gains, const py::int_& seed, std::uint32_t stream, std::uint32_t sample,
-                  std::int64_t row_offset, std::int64_t col_offset, std::int32_t threads) const {
+    void backward(const py::tuple& grad, const py::tuple& x, Address s, Address grad_x,
+                  Address grad_A, Address grad_B, const std::string& factor_dtype,
+                  Address grad_gains, std::int64_t tokens, Address gains, const py::int_& seed,
+                  std::uint32_t stream, std::uint32_t sample, std::int64_t row_offset,
+                  std::int64_t col_offset, std::int32_t threads) const {
         const lora_ortho_call call =
             as_call(tokens, gains, seed, stream, sample, row_offset, col_offset, threads);
         const lora_ortho_matrix grad_matrix = as_matrix(grad, dtype_);
@@ -98,10 +99,10 @@ public:
         std::size_t needed = 0;
         require(lora_ortho_backward_bytes(buffer_.get(), bytes_, &call, &needed));
         const AlignedBuffer workspace = allocate(needed);
-        require(lora_ortho_backward(buffer_.get(), bytes_, &call, &grad_matrix, &x_matrix,
-                                    as_pointer(s), as_pointer(dx), as_pointer(dA), as_pointer(dB),
-                                    factor, static_cast<double*>(as_pointer(dgains)),
-                                    workspace.get(), needed));
+        require(lora_ortho_backward(
+            buffer_.get(), bytes_, &call, &grad_matrix, &x_matrix, as_pointer(s),
+            as_pointer(grad_x), as_pointer(grad_A), as_pointer(grad_B), factor,
+            static_cast<double*>(as_pointer(grad_gains)), workspace.get(), needed));
     }
 
     std::string isa() const {
@@ -250,10 +251,10 @@ PYBIND11_MODULE(_C, m) {
         .def("forward", &Packed::forward, arg("x"), arg("base"), arg("y_ptr"), arg("s_ptr"),
              arg("tokens"), arg("gains_ptr"), arg("seed"), arg("stream"), arg("sample"),
              arg("row_offset"), arg("col_offset"), arg("threads"))
-        .def("backward", &Packed::backward, arg("grad"), arg("x"), arg("s_ptr"), arg("dx_ptr"),
-             arg("dA_ptr"), arg("dB_ptr"), arg("factor_dtype"), arg("dgains_ptr"), arg("tokens"),
-             arg("gains_ptr"), arg("seed"), arg("stream"), arg("sample"), arg("row_offset"),
-             arg("col_offset"), arg("threads"))
+        .def("backward", &Packed::backward, arg("grad"), arg("x"), arg("s_ptr"), arg("grad_x_ptr"),
+             arg("grad_A_ptr"), arg("grad_B_ptr"), arg("factor_dtype"), arg("grad_gains_ptr"),
+             arg("tokens"), arg("gains_ptr"), arg("seed"), arg("stream"), arg("sample"),
+             arg("row_offset"), arg("col_offset"), arg("threads"))
         .def_property_readonly("isa", &Packed::isa)
         .def_property_readonly("path", &Packed::path)
         .def_property_readonly("nbytes", &Packed::nbytes);

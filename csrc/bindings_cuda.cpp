@@ -69,9 +69,9 @@ public:
                                         as_pointer(workspace), workspace_bytes));
     }
 
-    void backward(Address packed, const py::tuple& grad, const py::tuple& x, Address s, Address dx,
-                  Address dA, Address dB, const std::string& factor_dtype, Address dgains,
-                  Address workspace, std::size_t workspace_bytes,
+    void backward(Address packed, const py::tuple& grad, const py::tuple& x, Address s,
+                  Address grad_x, Address grad_A, Address grad_B, const std::string& factor_dtype,
+                  Address grad_gains, Address workspace, std::size_t workspace_bytes,
                   const py::tuple& call_tuple) const {
         const lora_ortho_cuda_call call = as_call(call_tuple);
         const lora_ortho_matrix grad_matrix = as_matrix(grad, factors_.dtype);
@@ -80,8 +80,8 @@ public:
         const py::gil_scoped_release release;
         require(lora_ortho_cuda_backward(
             &factors_, as_pointer(packed), bytes_, &call, &grad_matrix, &x_matrix, as_pointer(s),
-            as_pointer(dx), as_pointer(dA), as_pointer(dB), factor,
-            static_cast<float*>(as_pointer(dgains)), as_pointer(workspace), workspace_bytes));
+            as_pointer(grad_x), as_pointer(grad_A), as_pointer(grad_B), factor,
+            static_cast<float*>(as_pointer(grad_gains)), as_pointer(workspace), workspace_bytes));
     }
 
     std::size_t nbytes() const { return bytes_; }
@@ -144,8 +144,9 @@ void bind_cuda(py::module_& m) {
         .def("forward", &CudaFactors::forward, arg("packed_ptr"), arg("x"), arg("base"),
              arg("y_ptr"), arg("s_ptr"), arg("workspace_ptr"), arg("workspace_bytes"), arg("call"))
         .def("backward", &CudaFactors::backward, arg("packed_ptr"), arg("grad"), arg("x"),
-             arg("s_ptr"), arg("dx_ptr"), arg("dA_ptr"), arg("dB_ptr"), arg("factor_dtype"),
-             arg("dgains_ptr"), arg("workspace_ptr"), arg("workspace_bytes"), arg("call"))
+             arg("s_ptr"), arg("grad_x_ptr"), arg("grad_A_ptr"), arg("grad_B_ptr"),
+             arg("factor_dtype"), arg("grad_gains_ptr"), arg("workspace_ptr"),
+             arg("workspace_bytes"), arg("call"))
         .def_property_readonly("nbytes", &CudaFactors::nbytes);
 }
 

@@ -106,11 +106,13 @@ Status check_call(const Header& header, const lora_ortho_call* call) {
 }
 
 // Gradients of no tokens at all.
-void zero_gradients(const Header& header, const FactorGradients& factors, double* dgains) {
+void zero_gradients(const Header& header, const FactorGradients& factors, double* grad_gains) {
     const std::size_t size = dtype_bytes(factors.dtype) * static_cast<std::size_t>(header.rank_sum);
-    if (factors.dA) std::memset(factors.dA, 0, size * static_cast<std::size_t>(header.d_in));
-    if (factors.dB) std::memset(factors.dB, 0, size * static_cast<std::size_t>(header.d_out));
-    for (std::int32_t j = 0; dgains && j < header.adapters; ++j) dgains[j] = 0.0;
+    if (factors.grad_A)
+        std::memset(factors.grad_A, 0, size * static_cast<std::size_t>(header.d_in));
+    if (factors.grad_B)
+        std::memset(factors.grad_B, 0, size * static_cast<std::size_t>(header.d_out));
+    for (std::int32_t j = 0; grad_gains && j < header.adapters; ++j) grad_gains[j] = 0.0;
 }
 
 }  // namespace
@@ -196,9 +198,9 @@ lora_ortho_status lora_ortho_backward_bytes(const void* packed, size_t packed_by
 
 lora_ortho_status lora_ortho_backward(const void* packed, size_t packed_bytes,
                                       const lora_ortho_call* call, const lora_ortho_matrix* grad,
-                                      const lora_ortho_matrix* x, const void* s, void* dx, void* dA,
-                                      void* dB, int32_t factor_dtype, double* dgains,
-                                      void* workspace, size_t workspace_bytes) {
+                                      const lora_ortho_matrix* x, const void* s, void* grad_x,
+                                      void* grad_A, void* grad_B, int32_t factor_dtype,
+                                      double* grad_gains, void* workspace, size_t workspace_bytes) {
     return guarded([&]() -> Status {
         const Header* header;
         const Kernels* kernels;
@@ -208,20 +210,20 @@ lora_ortho_status lora_ortho_backward(const void* packed, size_t packed_bytes,
         LORA_ORTHO_CHECK(check_operand(header->dtype, call->tokens, x, header->d_in));
         if (dtype_bytes(factor_dtype) == 0) return LORA_ORTHO_BAD_DTYPE;
         const std::size_t size = dtype_bytes(factor_dtype);
-        const FactorGradients factors{dA, dB, factor_dtype};
-        if (!is_aligned(dx, dtype_bytes(header->dtype)) || !is_aligned(dA, size) ||
-            !is_aligned(dB, size) || !is_aligned(dgains, alignof(double))) {
+        const FactorGradients factors{grad_A, grad_B, factor_dtype};
+        if (!is_aligned(grad_x, dtype_bytes(header->dtype)) || !is_aligned(grad_A, size) ||
+            !is_aligned(grad_B, size) || !is_aligned(grad_gains, alignof(double))) {
             return LORA_ORTHO_MISALIGNED;
         }
         if (call->tokens == 0) {
-            zero_gradients(*header, factors, dgains);
+            zero_gradients(*header, factors, grad_gains);
             return LORA_ORTHO_OK;
         }
         LORA_ORTHO_CHECK(check_pointer(s, dtype_bytes(header->dtype)));
         const std::size_t needed = kernels->backward_bytes(*header, *call);
         if (needed > 0) LORA_ORTHO_CHECK(check_pointer(workspace, LORA_ORTHO_ALIGNMENT));
         if (workspace_bytes < needed) return LORA_ORTHO_BUFFER_TOO_SMALL;
-        kernels->backward(packed, *call, *grad, *x, s, dx, factors, dgains, workspace);
+        kernels->backward(packed, *call, *grad, *x, s, grad_x, factors, grad_gains, workspace);
         return LORA_ORTHO_OK;
     });
 }

@@ -1,62 +1,65 @@
-// Backward of the float kernels: reduce, then the gradients of gains, x and A from ds.
+// Backward of the float kernels: grad_s and grad_B in one pass, then grad_gains, grad_x and grad_A.
 #pragma once
 
 #include "cpu/forward.h"
-#include "cpu/reduce.h"
+#include "cpu/grad_s_grad_B.h"
 
 namespace lora_ortho::cpu::LORA_ORTHO_ISA {
 
 // Rows whose share of the gradient of the gains is added up together: the order of the sum must not
 // depend on the team.
 constexpr std::int64_t kGainRows = 64;
-// Rows and columns of x that one step of dA holds; fewer columns, in whole register tiles, where
-// the sums of many ranks would leave the cache.
-constexpr std::int64_t kGradientRows = 128, kGradientStep = 2 * kPanel;
-constexpr int kGradientColumns = 64;
+// Rows and columns of x that one step of grad_A holds; fewer columns, in whole register tiles,
+// where the sums of many ranks would leave the cache.
+constexpr std::int64_t kGradARows = 128, kGradAColumnStep = 2 * kPanel;
+constexpr int kGradAColumns = 64;
 
 struct BackwardSizes {
-    std::size_t ds, dgains, member;
-    ReduceConfig reduce;
-    std::int64_t width;  // columns of a step of dA
+    std::size_t grad_s, grad_gains, member;
+    GradSGradBConfig grad_s_grad_B;
+    std::int64_t width;  // columns of a step of grad_A
     int threads;
-    std::size_t total() const { return ds + dgains + member * static_cast<std::size_t>(threads); }
+    std::size_t total() const {
+        return grad_s + grad_gains + member * static_cast<std::size_t>(threads);
+    }
 };
 
-LORA_ORTHO_INLINE std::int64_t gradient_columns(const Header& h, std::size_t element) {
+LORA_ORTHO_INLINE std::int64_t grad_A_width(const Header& h, std::size_t element) {
     const std::int64_t row = h.rank_sum * static_cast<std::int64_t>(element);
-    const std::int64_t columns = (std::int64_t{128} << 10) / row / kGradientStep * kGradientStep;
-    return columns < kGradientStep      ? kGradientStep
-           : columns > kGradientColumns ? kGradientColumns
-                                        : columns;
+    const std::int64_t columns =
+        (std::int64_t{128} << 10) / row / kGradAColumnStep * kGradAColumnStep;
+    return columns < kGradAColumnStep ? kGradAColumnStep
+           : columns > kGradAColumns  ? kGradAColumns
+                                      : columns;
 }
 
 template <class C>
 BackwardSizes backward_sizes(const Header& h, const lora_ortho_call& call) {
     auto align = [](std::size_t n) { return (n + 63) & ~std::size_t{63}; };
     const int threads = team_size(call.threads);
-    const ReduceConfig config = reduce_config(h, sizeof(C), threads);
-    const std::size_t reduce = reduce_scratch<C>(h, config.columns);
-    const std::int64_t width = gradient_columns(h, sizeof(C));
+    const GradSGradBConfig config = grad_s_grad_B_config(h, sizeof(C), threads);
+    const std::size_t first = grad_s_grad_B_scratch<C>(h, config.columns);
+    const std::int64_t width = grad_A_width(h, sizeof(C));
     const std::size_t rest =
         sizeof(ExpandScratch<C>) +
-        static_cast<std::size_t>((kGradientRows + h.rank_sum) * width) * sizeof(C);
+        static_cast<std::size_t>((kGradARows + h.rank_sum) * width) * sizeof(C);
     return {align(static_cast<std::size_t>(call.tokens * h.padded_rank_sum) * sizeof(C)),
             align(static_cast<std::size_t>(ceil_div(call.tokens, kGainRows) * h.adapters) * 8),
-            align(reduce > rest ? reduce : rest),
+            align(first > rest ? first : rest),
             config,
             width,
             threads};
 }
 
-// For rows of one chunk: dgains_j += ds_j . s_j, then ds becomes (rank_sum) wide and scaled by the
-// gains, in place, its row pitch kept.
+// For rows of one chunk: this chunk's part of grad_gains_j, grad_s_j . s_j; then grad_s gets its
+// gains and becomes (rank_sum) wide, in place, its row pitch kept.
 template <class IO, class C>
-LORA_ORTHO_INLINE void finish_ds(const Layout& l, const double* gains, const IO* s,
-                                 std::int64_t row0, std::int64_t row1, C* ds, double* sums) {
+LORA_ORTHO_INLINE void scale_grad_s(const Layout& l, const double* gains, const IO* s,
+                                    std::int64_t row0, std::int64_t row1, C* grad_s, double* sums) {
     for (int j = 0; j < l.h.adapters; ++j) sums[j] = 0;
     for (std::int64_t m = row0; m < row1; ++m) {
         const IO* from = s + m * l.h.rank_sum;
-        C* row = ds + m * l.h.padded_rank_sum;
+        C* row = grad_s + m * l.h.padded_rank_sum;
         C* to = row;
         for (int j = 0; j < l.h.adapters; ++j) {
             C dot = 0;
@@ -71,41 +74,43 @@ LORA_ORTHO_INLINE void finish_ds(const Layout& l, const double* gains, const IO*
 }
 
 // The shares of all chunks, in their order.
-LORA_ORTHO_INLINE void add_dgains(const Layout& l, std::int64_t chunks, const double* sums,
-                                  double* dgains) {
+LORA_ORTHO_INLINE void sum_parts_of_grad_gains(const Layout& l, std::int64_t chunks,
+                                               const double* sums, double* grad_gains) {
     for (int j = 0; j < l.h.adapters; ++j) {
-        dgains[j] = 0;
-        for (std::int64_t c = 0; c < chunks; ++c) dgains[j] += sums[c * l.h.adapters + j];
+        grad_gains[j] = 0;
+        for (std::int64_t c = 0; c < chunks; ++c) grad_gains[j] += sums[c * l.h.adapters + j];
     }
 }
 
-// dx = ds A over rows [row0, row1).
+// grad_x = grad_s A over rows [row0, row1).
 template <class IO, class C>
-void write_dx(const Layout& l, const C* ds, std::int64_t row0, std::int64_t row1, IO* dx,
-              ExpandScratch<C>& t) {
+void grad_x_rows(const Layout& l, const C* grad_s, std::int64_t row0, std::int64_t row1, IO* grad_x,
+                 ExpandScratch<C>& t) {
     const std::ptrdiff_t panel = l.h.rank_sum * kPanel;
     for (std::int64_t n = 0; n < l.h.d_in; n += kColumnBlock) {
         const int cols =
             static_cast<int>(l.h.d_in - n < kColumnBlock ? l.h.d_in - n : kColumnBlock);
         for (std::int64_t m = row0; m < row1; m += kRowBlock) {
             const int rows = static_cast<int>(row1 - m < kRowBlock ? row1 - m : kRowBlock);
-            const Products<C> all{ds + m * l.h.padded_rank_sum, l.h.padded_rank_sum,
+            const Products<C> all{grad_s + m * l.h.padded_rank_sum, l.h.padded_rank_sum,
                                   l.section<C>(3) + n / kPanel * panel, panel, l.h.rank_sum};
             expand_all<C>(all, rows, cols, t);
-            finish_block<IO, C>(t.sums[0], kColumnBlock, nullptr, m, rows, n, cols, l.h.d_in, dx);
+            store_block<IO, C>(t.sums[0], kColumnBlock, nullptr, m, rows, n, cols, l.h.d_in,
+                               grad_x);
         }
     }
 }
 
-// dA = ds^T x over columns [col0, col0 + cols). `block` holds rows of x, `sums` (rank_sum, width).
+// grad_A = grad_s^T x over columns [col0, col0 + cols). `block` holds rows of x, `sums` (rank_sum,
+// width).
 template <class IO, class C>
-void gather_dA(const Layout& l, const C* ds, View<IO> x, std::int64_t tokens, std::int64_t col0,
-               std::int64_t cols, std::int64_t width, C* block, C* sums,
-               const FactorGradients& factors) {
+void grad_A_columns(const Layout& l, const C* grad_s, View<IO> x, std::int64_t tokens,
+                    std::int64_t col0, std::int64_t cols, std::int64_t width, C* block, C* sums,
+                    const FactorGradients& factors) {
     constexpr int NP = Tile<C>::panels, NV = NP * kPanelVectors<C>;
     std::memset(sums, 0, static_cast<std::size_t>(l.h.rank_sum * width) * sizeof(C));
-    for (std::int64_t m = 0; m < tokens; m += kGradientRows) {
-        const std::int64_t rows = tokens - m < kGradientRows ? tokens - m : kGradientRows;
+    for (std::int64_t m = 0; m < tokens; m += kGradARows) {
+        const std::int64_t rows = tokens - m < kGradARows ? tokens - m : kGradARows;
         load_block(x, m, rows, col0, cols, width, block, width);
         for (std::int64_t r = 0; r < l.h.rank_sum; r += kRowBlock) {
             const std::int64_t left = l.h.rank_sum - r;
@@ -120,7 +125,7 @@ void gather_dA(const Layout& l, const C* ds, View<IO> x, std::int64_t tokens, st
                         for (int at = 0; at < MR * NV; ++at)
                             acc[at / NV][at % NV] =
                                 load(to + at / NV * width + at % NV * kLanes<C>);
-                        multiply<C, MR, NP>(ds + m * l.h.padded_rank_sum + r + i, 1,
+                        multiply<C, MR, NP>(grad_s + m * l.h.padded_rank_sum + r + i, 1,
                                             l.h.padded_rank_sum, block + n, kPanel, width, rows,
                                             acc);
 #pragma GCC unroll 16
@@ -131,46 +136,46 @@ void gather_dA(const Layout& l, const C* ds, View<IO> x, std::int64_t tokens, st
                 });
         }
     }
-    write_dA(l, sums, width, 0, l.h.rank_sum, col0, cols, factors);
+    store_grad_A(l, sums, width, 0, l.h.rank_sum, col0, cols, factors);
 }
 
 template <class IO>
 void backward_float(const void* packed, const lora_ortho_call& call, const lora_ortho_matrix& grad,
-                    const lora_ortho_matrix& x, const void* s, void* dx,
-                    const FactorGradients& factors, double* dgains, void* workspace) {
+                    const lora_ortho_matrix& x, const void* s, void* grad_x,
+                    const FactorGradients& factors, double* grad_gains, void* workspace) {
     using C = typename ComputeOf<IO>::type;
     const Layout l(packed);
     const BackwardSizes sizes = backward_sizes<C>(l.h, call);
     char* at = static_cast<char*>(workspace);
-    C* ds = reinterpret_cast<C*>(at);
-    double* sums = reinterpret_cast<double*>(at + sizes.ds);
-    char* members = at + sizes.ds + sizes.dgains;
+    C* grad_s = reinterpret_cast<C*>(at);
+    double* sums = reinterpret_cast<double*>(at + sizes.grad_s);
+    char* members = at + sizes.grad_s + sizes.grad_gains;
     const IO* s_in = static_cast<const IO*>(s);
     const std::int64_t chunks = ceil_div(call.tokens, kGainRows);
     const Draw draw{call, l};
     run_team(sizes.threads, [&](const Team& team) {
         char* own = members + sizes.member * static_cast<std::size_t>(team.id);
-        reduce<IO, C>(draw, sizes.reduce, view_of<IO>(grad), s_in, ds, factors, team,
-                      *reinterpret_cast<ReduceScratch<C>*>(own));
+        grad_s_grad_B<IO, C>(draw, sizes.grad_s_grad_B, view_of<IO>(grad), s_in, grad_s, factors,
+                             team, *reinterpret_cast<GradSGradBScratch<C>*>(own));
         for (std::int64_t c = team.begin(chunks); c < team.end(chunks); ++c) {
             const std::int64_t row0 = c * kGainRows;
             const std::int64_t row1 =
                 row0 + kGainRows < call.tokens ? row0 + kGainRows : call.tokens;
-            finish_ds<IO, C>(l, call.gains, s_in, row0, row1, ds, sums + c * l.h.adapters);
-            if (dx)
-                write_dx<IO, C>(l, ds, row0, row1, static_cast<IO*>(dx),
-                                *reinterpret_cast<ExpandScratch<C>*>(own));
+            scale_grad_s<IO, C>(l, call.gains, s_in, row0, row1, grad_s, sums + c * l.h.adapters);
+            if (grad_x)
+                grad_x_rows<IO, C>(l, grad_s, row0, row1, static_cast<IO*>(grad_x),
+                                   *reinterpret_cast<ExpandScratch<C>*>(own));
         }
         team.barrier();
-        if (dgains && team.id == 0) add_dgains(l, chunks, sums, dgains);
+        if (grad_gains && team.id == 0) sum_parts_of_grad_gains(l, chunks, sums, grad_gains);
         const std::int64_t width = sizes.width, stripes = ceil_div(l.h.d_in, width);
         C* block = reinterpret_cast<C*>(own + sizeof(ExpandScratch<C>));
-        if (factors.dA)
+        if (factors.grad_A)
             for (std::int64_t p = team.begin(stripes); p < team.end(stripes); ++p) {
                 const std::int64_t left = l.h.d_in - p * width;
-                gather_dA<IO, C>(l, ds, view_of<IO>(x), call.tokens, p * width,
-                                 left < width ? left : width, width, block,
-                                 block + kGradientRows * width, factors);
+                grad_A_columns<IO, C>(l, grad_s, view_of<IO>(x), call.tokens, p * width,
+                                      left < width ? left : width, width, block,
+                                      block + kGradARows * width, factors);
             }
     });
 }

@@ -65,9 +65,9 @@ LORA_ORTHO_INLINE void pad_row(const Layout& l, const IO* s, C* out) {
 
 // y = base + sums over one block, rounded once. Row pitch of sums: `pitch`.
 template <class IO, class C>
-LORA_ORTHO_INLINE void finish_block(const C* sums, std::ptrdiff_t pitch, const View<IO>* base,
-                                    std::int64_t row0, int rows, std::int64_t col0, int cols,
-                                    std::int64_t d_out, IO* y) {
+LORA_ORTHO_INLINE void store_block(const C* sums, std::ptrdiff_t pitch, const View<IO>* base,
+                                   std::int64_t row0, int rows, std::int64_t col0, int cols,
+                                   std::int64_t d_out, IO* y) {
     constexpr int W = kLanes<C>;
     for (int i = 0; i < rows; ++i) {
         const C* sum = sums + i * pitch;

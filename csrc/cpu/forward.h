@@ -1,9 +1,9 @@
 // Forward of the float kernels: shrink, then draw + expand + add + round.
 #pragma once
 
+#include "cpu/amx_shrink.h"
 #include "cpu/expand_owner.h"
 #include "cpu/shrink.h"
-#include "cpu/tiles_shrink.h"
 
 namespace lora_ortho::cpu::LORA_ORTHO_ISA {
 
@@ -38,8 +38,8 @@ void expand_chunk(const Draw& draw, const IO* s, const View<IO>* base, std::int6
                        expand_owner<C>(draw, block, row0 + i, height, col0 + n, width, t);
                    else
                        expand_dense<C>(draw, block, row0 + i, height, col0 + n, width, t);
-                   finish_block<IO, C>(t.sums[0], kColumnBlock, base, row0 + i, height, col0 + n,
-                                       width, l.h.d_out, y);
+                   store_block<IO, C>(t.sums[0], kColumnBlock, base, row0 + i, height, col0 + n,
+                                      width, l.h.d_out, y);
                });
 }
 

@@ -1,9 +1,9 @@
 // The CPU kernels for one instruction set. Compiled once per set, with LORA_ORTHO_ISA its name.
 #include "cpu/kernels.h"
 
+#include "cpu/amx_backward.h"
 #include "cpu/backward.h"
 #include "cpu/forward.h"
-#include "cpu/tiles_backward.h"
 
 #define LORA_ORTHO_JOIN2(a, b) a##b
 #define LORA_ORTHO_JOIN(a, b) LORA_ORTHO_JOIN2(a, b)
@@ -62,19 +62,20 @@ std::size_t backward_bytes(const Header& h, const lora_ortho_call& call) {
 }
 
 void backward(const void* packed, const lora_ortho_call& call, const lora_ortho_matrix& grad,
-              const lora_ortho_matrix& x, const void* s, void* dx, const FactorGradients& factors,
-              double* dgains, void* workspace) {
+              const lora_ortho_matrix& x, const void* s, void* grad_x,
+              const FactorGradients& factors, double* grad_gains, void* workspace) {
 #if defined(__AMX_BF16__)
     const Header& h = *static_cast<const Header*>(packed);
     if (backward_on_tiles(h, call.tokens))
         return h.dtype == LORA_ORTHO_BFLOAT16
-                   ? backward_tiles<bfloat16>(packed, call, grad, x, s, dx, factors, dgains,
+                   ? backward_tiles<bfloat16>(packed, call, grad, x, s, grad_x, factors, grad_gains,
                                               workspace)
-                   : backward_tiles<float>(packed, call, grad, x, s, dx, factors, dgains,
+                   : backward_tiles<float>(packed, call, grad, x, s, grad_x, factors, grad_gains,
                                            workspace);
 #endif
     with_storage(static_cast<const Header*>(packed)->dtype, [&](auto storage) {
-        backward_float<decltype(storage)>(packed, call, grad, x, s, dx, factors, dgains, workspace);
+        backward_float<decltype(storage)>(packed, call, grad, x, s, grad_x, factors, grad_gains,
+                                          workspace);
     });
 }
 

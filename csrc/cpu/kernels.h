@@ -25,7 +25,7 @@ struct Header {
     // Filled by Kernels::plan from the part above and the arrays.
     std::int32_t path;             // which kernels serve this problem (Path of launch_config.h)
     std::int64_t padded_rank_sum;  // sum of the ranks as the kernels pad them
-    std::size_t section[8];        // offsets of the packed factors (packing.h, tiles_packing.h)
+    std::size_t section[8];        // offsets of the packed factors (packing.h, amx_packing.h)
     std::size_t bytes;             // of the whole buffer
 };
 
@@ -50,7 +50,7 @@ enum PathBits : std::int32_t {
 
 // Where the gradients of the factors go: K blocks (r_j, d_in) and (d_out, r_j). Null: not wanted.
 struct FactorGradients {
-    void *dA, *dB;
+    void *grad_A, *grad_B;
     std::int32_t dtype;
 };
 
@@ -63,8 +63,8 @@ struct Kernels {
                     const lora_ortho_matrix* base, void* y, void* s);
     std::size_t (*backward_bytes)(const Header& header, const lora_ortho_call& call);
     void (*backward)(const void* packed, const lora_ortho_call& call, const lora_ortho_matrix& grad,
-                     const lora_ortho_matrix& x, const void* s, void* dx,
-                     const FactorGradients& factors, double* dgains, void* workspace);
+                     const lora_ortho_matrix& x, const void* s, void* grad_x,
+                     const FactorGradients& factors, double* grad_gains, void* workspace);
 };
 
 // Null where this build has no kernels for the instruction set. Defined by the translation unit

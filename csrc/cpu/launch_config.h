@@ -1,8 +1,9 @@
 // Which kernels serve a problem, and in which blocks: pure functions of the problem.
 #pragma once
 
+#include "cpu/draws.h"
 #include "cpu/kernels.h"
-#include "cpu/tile.h"
+#include "cpu/register_tile.h"
 
 namespace lora_ortho::cpu::LORA_ORTHO_ISA {
 
@@ -21,13 +22,13 @@ LORA_ORTHO_INLINE std::int64_t padded_rank(const std::int64_t* ranks, int adapte
 
 // Expand: all K products and a selection, or one product per element with its owner's factors.
 // Dense costs rank_sum multiply-adds an element at kLanes a step; owner costs two loads per vector
-// of the owner's rank and about kOwnerReduce steps to add the lanes of a vector.
+// of the owner's rank and about kOwnerSum steps to add the lanes of a vector.
 LORA_ORTHO_INLINE std::int32_t expand_path(const Header& h, std::int64_t padded) {
     if (h.method != LORA_ORTHO_ORTHOGONAL || h.adapters < 2) return kExpandDense;
     if (padded * h.adapters > 0xffff) return kExpandDense;  // offsets are 16 bits
-    constexpr std::int64_t kOwnerReduce = 48, kSelect = 4;
+    constexpr std::int64_t kOwnerSum = 48, kSelect = 4;
     const std::int64_t dense = h.rank_sum + kSelect * h.adapters;
-    const std::int64_t owner = 2 * padded + kOwnerReduce;
+    const std::int64_t owner = 2 * padded + kOwnerSum;
     return owner < dense ? kExpandOwner : kExpandDense;
 }
 

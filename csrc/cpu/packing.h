@@ -3,7 +3,7 @@
 //   section 0  A by panels   [ceil(rank_sum / kPanel)][d_in][kPanel]      shrink
 //   section 1  B by panels   [d_out padded / kPanel][K * padded][kPanel]  expand, dense
 //   section 2  B by rows     [d_out][K * padded]                          expand, owner; backward
-//   section 3  A by columns  [d_in padded / kPanel][rank_sum][kPanel]     backward, dx
+//   section 3  A by columns  [d_in padded / kPanel][rank_sum][kPanel]     backward, grad_x
 // padded is launch_config.h's padded_rank; what is padded holds zeros.
 #pragma once
 

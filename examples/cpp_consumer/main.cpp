@@ -91,11 +91,11 @@ public:
         std::size_t needed = 0;
         require(lora_ortho_backward_bytes(packed_.get(), bytes_, &call, &needed));
         const auto workspace = aligned(needed);
-        std::vector<double> dgains(kAdapters);
+        std::vector<double> grad_gains(kAdapters);
         require(lora_ortho_backward(packed_.get(), bytes_, &call, &grad_matrix, &x_, s_.data(),
-                                    nullptr, nullptr, nullptr, LORA_ORTHO_FLOAT64, dgains.data(),
-                                    workspace.get(), needed));
-        return dgains;
+                                    nullptr, nullptr, nullptr, LORA_ORTHO_FLOAT64,
+                                    grad_gains.data(), workspace.get(), needed));
+        return grad_gains;
     }
 
     std::vector<double> gains;
@@ -177,10 +177,11 @@ int main(int argc, char** argv) {
 
     // y is linear in the gains, so sum_j gain_j dgain_j = sum(y * grad).
     const std::vector<double> y = orthogonal.forward(7), grad = numbers(kTokens * kOut, 99);
-    const std::vector<double> dgains = orthogonal.backward(7, grad);
+    const std::vector<double> grad_gains = orthogonal.backward(7, grad);
     double difference = 0.0;
     for (std::size_t i = 0; i < y.size(); ++i) difference -= y[i] * grad[i];
-    for (std::size_t j = 0; j < dgains.size(); ++j) difference += orthogonal.gains[j] * dgains[j];
+    for (std::size_t j = 0; j < grad_gains.size(); ++j)
+        difference += orthogonal.gains[j] * grad_gains[j];
 
     const std::vector<double>& first = orthogonal.forward(0);
     for (std::size_t n = 0; n < 6; ++n) {

@@ -47,9 +47,9 @@ constexpr Kernels kFake = {
     },
     [](const Header&, const lora_ortho_call&) { return kWorkspace; },
     [](const void*, const lora_ortho_call&, const lora_ortho_matrix&, const lora_ortho_matrix&,
-       const void*, void* dx, const lora_ortho::cpu::FactorGradients&, double*, void*) {
+       const void*, void* grad_x, const lora_ortho::cpu::FactorGradients&, double*, void*) {
         act();
-        if (dx) *static_cast<float*>(dx) = 1.0f;
+        if (grad_x) *static_cast<float*>(grad_x) = 1.0f;
     },
 };
 
@@ -97,10 +97,10 @@ struct Arguments {
     std::int32_t factor_dtype = LORA_ORTHO_FLOAT32;
     std::vector<float> y = std::vector<float>(kTokens * kOut, kUntouched);
     std::vector<float> s = std::vector<float>(kTokens * kRankSum, kUntouched);
-    std::vector<float> dx = std::vector<float>(kTokens * kIn, kUntouched);
-    std::vector<float> dA = std::vector<float>(kRankSum * kIn, kUntouched);
-    std::vector<float> dB = std::vector<float>(kRankSum * kOut, kUntouched);
-    std::vector<double> dgains = std::vector<double>(2, kUntouched);
+    std::vector<float> grad_x = std::vector<float>(kTokens * kIn, kUntouched);
+    std::vector<float> grad_A = std::vector<float>(kRankSum * kIn, kUntouched);
+    std::vector<float> grad_B = std::vector<float>(kRankSum * kOut, kUntouched);
+    std::vector<double> grad_gains = std::vector<double>(2, kUntouched);
 
     Arguments() {
         fake = {};
@@ -149,9 +149,9 @@ struct Arguments {
     }
     lora_ortho_status backward() {
         const lora_ortho_status status = lora_ortho_backward(
-            packed, packed_bytes, &call, &base, &x, s.data(), dx.data(), dA.data(), dB.data(),
-            factor_dtype, dgains.data(), workspace, sizeof workspace);
-        if (status != LORA_ORTHO_OK) CHECK(dx[0] == kUntouched && dgains[0] == kUntouched);
+            packed, packed_bytes, &call, &base, &x, s.data(), grad_x.data(), grad_A.data(),
+            grad_B.data(), factor_dtype, grad_gains.data(), workspace, sizeof workspace);
+        if (status != LORA_ORTHO_OK) CHECK(grad_x[0] == kUntouched && grad_gains[0] == kUntouched);
         return status;
     }
     lora_ortho_status backward_bytes() {

@@ -44,12 +44,13 @@ inline void compare_all(const Layer& l, const Formula& f, const Outputs& out, bo
     const int accumulator = accumulator_of(p.dtype);
     const double longest =
         static_cast<double>(std::max({p.d_in, p.d_out, p.rank_sum(), p.tokens})) + 8.0;
-    // Sums in float32 (float64); s, scaled s and ds may each be rounded to the dtype once.
+    // Sums in float32 (float64); s, scaled s and grad_s may each be rounded to the dtype once.
     const double sums = longest * unit_roundoff(accumulator), once = unit_roundoff(p.dtype);
     compare("s", out.s, p.dtype, f.s, exact, sums);
     compare("y", out.y, p.dtype, f.y, exact, sums + 2 * once);
-    compare("dx", out.dx, p.dtype, f.dx, exact, sums + 2 * once);
-    compare("dA", out.dA, p.factor_dtype, f.dA, exact, sums + 2 * once);
-    compare("dB", out.dB, p.factor_dtype, f.dB, exact, sums + 2 * once);
-    compare("dgains", out.dgains, LORA_ORTHO_FLOAT64, f.dgains, exact, sums * longest + 2 * once);
+    compare("grad_x", out.grad_x, p.dtype, f.grad_x, exact, sums + 2 * once);
+    compare("grad_A", out.grad_A, p.factor_dtype, f.grad_A, exact, sums + 2 * once);
+    compare("grad_B", out.grad_B, p.factor_dtype, f.grad_B, exact, sums + 2 * once);
+    compare("grad_gains", out.grad_gains, LORA_ORTHO_FLOAT64, f.grad_gains, exact,
+            sums * longest + 2 * once);
 }

@@ -71,8 +71,8 @@ struct Arguments {
     lora_ortho_cuda_call call{};
     lora_ortho_matrix x, base, grad;
     void *packed = memory, *workspace = memory;
-    void *y = memory, *s = memory, *dx = memory, *dA = memory, *dB = memory;
-    float* dgains = reinterpret_cast<float*>(memory);
+    void *y = memory, *s = memory, *grad_x = memory, *grad_A = memory, *grad_B = memory;
+    float* grad_gains = reinterpret_cast<float*>(memory);
     std::int32_t factor_dtype = LORA_ORTHO_FLOAT32;
     std::size_t packed_bytes = std::numeric_limits<std::size_t>::max(),
                 workspace_bytes = kWorkspace;
@@ -123,7 +123,7 @@ struct Arguments {
     }
     lora_ortho_status backward() {
         return lora_ortho_cuda_backward(factors_in, packed, packed_bytes, call_in, grad_in, x_in, s,
-                                        dx, dA, dB, factor_dtype, dgains, workspace,
+                                        grad_x, grad_A, grad_B, factor_dtype, grad_gains, workspace,
                                         workspace_bytes);
     }
 };

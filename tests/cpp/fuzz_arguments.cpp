@@ -79,7 +79,9 @@ void change(Arguments& a, Bytes& from) {
         case 18: from.pointer(a.workspace); break;
         case 19: a.workspace_bytes = static_cast<std::size_t>(from.number()); break;
         case 20: from.pointer(from.byte() % 2 ? a.y : a.s); break;
-        case 21: from.pointer(from.byte() % 3 == 0 ? a.dx : from.byte() % 2 ? a.dA : a.dB); break;
+        case 21:
+            from.pointer(from.byte() % 3 == 0 ? a.grad_x : from.byte() % 2 ? a.grad_A : a.grad_B);
+            break;
         case 22: a.factor_dtype = static_cast<std::int32_t>(from.number()); break;
         default: a.factors.struct_version = static_cast<std::uint32_t>(from.number());
     }

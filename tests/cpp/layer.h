@@ -175,20 +175,20 @@ struct Layer {
     }
 };
 
-// All outputs of the formula. ds = dL/ds, gains folded in; saved = s as it is kept in its dtype; dB
-// one block (d_out, r_j) after another.
+// All outputs of the formula. grad_s = dL/grad_s, gains folded in; saved = s as it is kept in its
+// dtype; grad_B one block (d_out, r_j) after another.
 struct Formula {
-    Expected s, saved, y, ds, dx, dA, dB, dgains;
+    Expected s, saved, y, grad_s, grad_x, grad_A, grad_B, grad_gains;
 
     Formula(const Layer& l, bool with_base)
         : s(l.shape.tokens, l.shape.rank_sum()),
           saved(s),
           y(l.shape.tokens, l.shape.d_out),
-          ds(s),
-          dx(l.shape.tokens, l.shape.d_in),
-          dA(l.shape.rank_sum(), l.shape.d_in),
-          dB(1, l.shape.d_out * l.shape.rank_sum()),
-          dgains(1, l.shape.adapters()) {
+          grad_s(s),
+          grad_x(l.shape.tokens, l.shape.d_in),
+          grad_A(l.shape.rank_sum(), l.shape.d_in),
+          grad_B(1, l.shape.d_out * l.shape.rank_sum()),
+          grad_gains(1, l.shape.adapters()) {
         const Shape& p = l.shape;
         std::int64_t begin = 0;
         for (int j = 0; j < p.adapters(); ++j) {
@@ -196,7 +196,7 @@ struct Formula {
             for (std::int64_t m = 0; m < p.tokens; ++m) {
                 shrink(l, m, begin, l.A[at]);
                 expand(l, m, begin, l.B[at], j);
-                shrink_back(l, m, begin, l.A[at]);
+                grad_x_grad_A(l, m, begin, l.A[at]);
             }
             begin += p.ranks[at];
         }
@@ -222,18 +222,19 @@ private:
             for (std::int64_t r = 0; r < B.cols; ++r) {
                 const std::size_t at = s.at(m, begin + r);
                 y.add(y.at(m, n), gain * B(n, r), saved, at);
-                ds.add(at, gain * g * B(n, r));
-                dB.add(dB.at(0, l.shape.d_out * begin + n * B.cols + r), gain * g, saved, at);
-                dgains.add(dgains.at(0, j), g * B(n, r), saved, at);
+                grad_s.add(at, gain * g * B(n, r));
+                grad_B.add(grad_B.at(0, l.shape.d_out * begin + n * B.cols + r), gain * g, saved,
+                           at);
+                grad_gains.add(grad_gains.at(0, j), g * B(n, r), saved, at);
             }
         }
     }
-    void shrink_back(const Layer& l, std::int64_t m, std::int64_t begin, const Matrix& A) {
+    void grad_x_grad_A(const Layer& l, std::int64_t m, std::int64_t begin, const Matrix& A) {
         for (std::int64_t r = 0; r < A.rows; ++r) {
-            const std::size_t at = ds.at(m, begin + r);
+            const std::size_t at = grad_s.at(m, begin + r);
             for (std::int64_t i = 0; i < A.cols; ++i) {
-                dx.add(dx.at(m, i), A(r, i), ds, at);
-                dA.add(dA.at(begin + r, i), l.x(m, i), ds, at);
+                grad_x.add(grad_x.at(m, i), A(r, i), grad_s, at);
+                grad_A.add(grad_A.at(begin + r, i), l.x(m, i), grad_s, at);
             }
         }
     }

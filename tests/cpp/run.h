@@ -130,17 +130,18 @@ inline Buffer pack(const Layer& l, lora_ortho_isa isa) {
 
 // The outputs of one forward and one backward pass.
 struct Outputs {
-    Buffer y, s, dx, dA, dB, dgains;
+    Buffer y, s, grad_x, grad_A, grad_B, grad_gains;
 
     explicit Outputs(const Shape& p, int poison = 0xff)
         : y(make(p.tokens * p.d_out, p.dtype, poison)),
           s(make(p.tokens * p.rank_sum(), p.dtype, poison)),
-          dx(make(p.tokens * p.d_in, p.dtype, poison)),
-          dA(make(p.rank_sum() * p.d_in, p.factor_dtype, poison)),
-          dB(make(p.rank_sum() * p.d_out, p.factor_dtype, poison)),
-          dgains(make(p.adapters(), LORA_ORTHO_FLOAT64, poison)) {}
+          grad_x(make(p.tokens * p.d_in, p.dtype, poison)),
+          grad_A(make(p.rank_sum() * p.d_in, p.factor_dtype, poison)),
+          grad_B(make(p.rank_sum() * p.d_out, p.factor_dtype, poison)),
+          grad_gains(make(p.adapters(), LORA_ORTHO_FLOAT64, poison)) {}
     bool operator==(const Outputs& o) const {
-        return y == o.y && s == o.s && dx == o.dx && dA == o.dA && dB == o.dB && dgains == o.dgains;
+        return y == o.y && s == o.s && grad_x == o.grad_x && grad_A == o.grad_A &&
+               grad_B == o.grad_B && grad_gains == o.grad_gains;
     }
 
 private:
@@ -165,7 +166,7 @@ inline void forward(const Layer& l, const Buffer& packed, int threads, bool with
              LORA_ORTHO_OK);
 }
 
-// Wanted outputs as bits: 1 dx, 2 dA, 4 dB, 8 dgains.
+// Wanted outputs as bits: 1 grad_x, 2 grad_A, 4 grad_B, 8 grad_gains.
 inline void backward(const Layer& l, const Buffer& packed, int threads, Outputs& out,
                      int wanted = 15, int poison = 0xff) {
     const lora_ortho_call call = call_of(l.shape, threads);
@@ -176,9 +177,10 @@ inline void backward(const Layer& l, const Buffer& packed, int threads, Outputs&
     const auto data = [&](int bit, const Buffer& buffer) -> void* {
         return wanted & bit ? buffer.data() : nullptr;
     };
-    CHECK_EQ(lora_ortho_backward(packed.data(), packed.bytes(), &call, &l.grad.view, &l.x.view,
-                                 out.s.data(), data(1, out.dx), data(2, out.dA), data(4, out.dB),
-                                 l.shape.factor_dtype, static_cast<double*>(data(8, out.dgains)),
-                                 workspace.data(), bytes),
-             LORA_ORTHO_OK);
+    CHECK_EQ(
+        lora_ortho_backward(packed.data(), packed.bytes(), &call, &l.grad.view, &l.x.view,
+                            out.s.data(), data(1, out.grad_x), data(2, out.grad_A),
+                            data(4, out.grad_B), l.shape.factor_dtype,
+                            static_cast<double*>(data(8, out.grad_gains)), workspace.data(), bytes),
+        LORA_ORTHO_OK);
 }

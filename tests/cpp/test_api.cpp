@@ -184,29 +184,39 @@ TEST(operands_are_checked) {
     CHECK_EQ(forward(&a.x, y, nullptr), LORA_ORTHO_NULL_POINTER);
     CHECK_EQ(forward(&a.x, shifted(y, 2), s), LORA_ORTHO_MISALIGNED);
     CHECK_EQ(forward(&a.x, y, shifted(s, 2)), LORA_ORTHO_MISALIGNED);
-    const auto backward = [&](const lora_ortho_matrix* grad, const void* saved, float* dx,
-                              float* dA, float* dB, double* dgains, void* workspace,
+    const auto backward = [&](const lora_ortho_matrix* grad, const void* saved, float* grad_x,
+                              float* grad_A, float* grad_B, double* grad_gains, void* workspace,
                               std::size_t bytes) {
-        return lora_ortho_backward(a.packed, 2048, &a.call, grad, &a.x, saved, dx, dA, dB,
-                                   LORA_ORTHO_FLOAT32, dgains, workspace, bytes);
+        return lora_ortho_backward(a.packed, 2048, &a.call, grad, &a.x, saved, grad_x, grad_A,
+                                   grad_B, LORA_ORTHO_FLOAT32, grad_gains, workspace, bytes);
     };
-    float* dx = a.dx.data();
-    double* dgains = a.dgains.data();
+    float* grad_x = a.grad_x.data();
+    double* grad_gains = a.grad_gains.data();
     const auto* g = &a.base;
     void* w = a.workspace;
     constexpr std::size_t n = kWorkspace;
-    CHECK_EQ(backward(nullptr, s, dx, dx, dx, dgains, w, n), LORA_ORTHO_NULL_POINTER);
-    CHECK_EQ(backward(g, nullptr, dx, dx, dx, dgains, w, n), LORA_ORTHO_NULL_POINTER);
-    CHECK_EQ(backward(g, shifted(s, 1), dx, dx, dx, dgains, w, n), LORA_ORTHO_MISALIGNED);
-    CHECK_EQ(backward(g, s, shifted(dx, 2), dx, dx, dgains, w, n), LORA_ORTHO_MISALIGNED);
-    CHECK_EQ(backward(g, s, dx, shifted(dx, 2), dx, dgains, w, n), LORA_ORTHO_MISALIGNED);
-    CHECK_EQ(backward(g, s, dx, dx, shifted(dx, 2), dgains, w, n), LORA_ORTHO_MISALIGNED);
-    CHECK_EQ(backward(g, s, dx, dx, dx, shifted(dgains, 4), w, n), LORA_ORTHO_MISALIGNED);
-    CHECK_EQ(backward(g, s, dx, dx, dx, dgains, nullptr, n), LORA_ORTHO_NULL_POINTER);
-    CHECK_EQ(backward(g, s, dx, dx, dx, dgains, shifted(w, 32), n - 32), LORA_ORTHO_MISALIGNED);
-    CHECK_EQ(backward(g, s, dx, dx, dx, dgains, w, n - 1), LORA_ORTHO_BUFFER_TOO_SMALL);
+    CHECK_EQ(backward(nullptr, s, grad_x, grad_x, grad_x, grad_gains, w, n),
+             LORA_ORTHO_NULL_POINTER);
+    CHECK_EQ(backward(g, nullptr, grad_x, grad_x, grad_x, grad_gains, w, n),
+             LORA_ORTHO_NULL_POINTER);
+    CHECK_EQ(backward(g, shifted(s, 1), grad_x, grad_x, grad_x, grad_gains, w, n),
+             LORA_ORTHO_MISALIGNED);
+    CHECK_EQ(backward(g, s, shifted(grad_x, 2), grad_x, grad_x, grad_gains, w, n),
+             LORA_ORTHO_MISALIGNED);
+    CHECK_EQ(backward(g, s, grad_x, shifted(grad_x, 2), grad_x, grad_gains, w, n),
+             LORA_ORTHO_MISALIGNED);
+    CHECK_EQ(backward(g, s, grad_x, grad_x, shifted(grad_x, 2), grad_gains, w, n),
+             LORA_ORTHO_MISALIGNED);
+    CHECK_EQ(backward(g, s, grad_x, grad_x, grad_x, shifted(grad_gains, 4), w, n),
+             LORA_ORTHO_MISALIGNED);
+    CHECK_EQ(backward(g, s, grad_x, grad_x, grad_x, grad_gains, nullptr, n),
+             LORA_ORTHO_NULL_POINTER);
+    CHECK_EQ(backward(g, s, grad_x, grad_x, grad_x, grad_gains, shifted(w, 32), n - 32),
+             LORA_ORTHO_MISALIGNED);
+    CHECK_EQ(backward(g, s, grad_x, grad_x, grad_x, grad_gains, w, n - 1),
+             LORA_ORTHO_BUFFER_TOO_SMALL);
     CHECK_EQ(fake.calls, 0);
-    CHECK(y[0] == kUntouched && dx[0] == kUntouched && dgains[0] == kUntouched);
+    CHECK(y[0] == kUntouched && grad_x[0] == kUntouched && grad_gains[0] == kUntouched);
 }
 
 TEST(no_tokens_need_no_memory_and_have_zero_gradients) {
@@ -218,13 +228,13 @@ TEST(no_tokens_need_no_memory_and_have_zero_gradients) {
     std::size_t bytes = 1;
     CHECK_EQ(lora_ortho_backward_bytes(a.packed, 2048, &a.call, &bytes), LORA_ORTHO_OK);
     CHECK_EQ(bytes, std::size_t{0});
-    CHECK_EQ(
-        lora_ortho_backward(a.packed, 2048, &a.call, &a.base, &a.x, nullptr, nullptr, a.dA.data(),
-                            a.dB.data(), LORA_ORTHO_FLOAT32, a.dgains.data(), nullptr, 0),
-        LORA_ORTHO_OK);
-    for (const float value : a.dA) CHECK_EQ(value, 0.0f);
-    for (const float value : a.dB) CHECK_EQ(value, 0.0f);
-    for (const double value : a.dgains) CHECK_EQ(value, 0.0);
+    CHECK_EQ(lora_ortho_backward(a.packed, 2048, &a.call, &a.base, &a.x, nullptr, nullptr,
+                                 a.grad_A.data(), a.grad_B.data(), LORA_ORTHO_FLOAT32,
+                                 a.grad_gains.data(), nullptr, 0),
+             LORA_ORTHO_OK);
+    for (const float value : a.grad_A) CHECK_EQ(value, 0.0f);
+    for (const float value : a.grad_B) CHECK_EQ(value, 0.0f);
+    for (const double value : a.grad_gains) CHECK_EQ(value, 0.0);
     CHECK_EQ(fake.calls, 0);
 }
 

@@ -32,7 +32,8 @@ lora_ortho_status after(Function function, Change&& change) {
 
 TEST(valid_arguments_reach_the_kernels) {
     ALL(, LORA_ORTHO_OK);
-    CHECK_EQ(AFTER(backward, a.dx = a.dA = a.dB = a.dgains = nullptr), LORA_ORTHO_OK);
+    CHECK_EQ(AFTER(backward, a.grad_x = a.grad_A = a.grad_B = a.grad_gains = nullptr),
+             LORA_ORTHO_OK);
     CHECK_EQ(AFTER(forward, a.base_in = nullptr), LORA_ORTHO_OK);
     CHECK_EQ(AFTER(forward, a.call.tokens = 0), LORA_ORTHO_OK);
     CHECK_EQ(fake.calls, 0);
@@ -114,10 +115,10 @@ TEST(calls_are_checked) {
     CHECK_EQ(AFTER(forward, a.y = nullptr), LORA_ORTHO_NULL_POINTER);
     CHECK_EQ(AFTER(backward, a.grad_in = nullptr), LORA_ORTHO_NULL_POINTER);
     CHECK_EQ(AFTER(backward, a.factor_dtype = -1), LORA_ORTHO_BAD_DTYPE);
-    CHECK_EQ(AFTER(backward, a.dx = shifted(a.dx, 2)), LORA_ORTHO_MISALIGNED);
-    CHECK_EQ(AFTER(backward, a.dA = shifted(a.dA, 2)), LORA_ORTHO_MISALIGNED);
-    CHECK_EQ(AFTER(backward, a.dB = shifted(a.dB, 1)), LORA_ORTHO_MISALIGNED);
-    CHECK_EQ(AFTER(backward, a.dgains = shifted(a.dgains, 2)), LORA_ORTHO_MISALIGNED);
+    CHECK_EQ(AFTER(backward, a.grad_x = shifted(a.grad_x, 2)), LORA_ORTHO_MISALIGNED);
+    CHECK_EQ(AFTER(backward, a.grad_A = shifted(a.grad_A, 2)), LORA_ORTHO_MISALIGNED);
+    CHECK_EQ(AFTER(backward, a.grad_B = shifted(a.grad_B, 1)), LORA_ORTHO_MISALIGNED);
+    CHECK_EQ(AFTER(backward, a.grad_gains = shifted(a.grad_gains, 2)), LORA_ORTHO_MISALIGNED);
 }
 
 TEST(what_goes_wrong_behind_the_checks_is_a_status) {

@@ -70,16 +70,16 @@ struct Cuda {
         CHECK_EQ(lora_ortho_cuda_backward_bytes(&factors, &call, &bytes), LORA_ORTHO_OK);
         const Buffer workspace(bytes);
         const std::size_t adapters = gains.size();
-        Buffer dgains(adapters * sizeof(float));
-        CHECK_EQ(
-            lora_ortho_cuda_backward(
-                &factors, packed.data(), packed.bytes(), &call, &layer.grad.view, &layer.x.view,
-                out.s.data(), out.dx.data(), out.dA.data(), out.dB.data(), layer.shape.factor_dtype,
-                reinterpret_cast<float*>(dgains.data()), workspace.data(), bytes),
-            LORA_ORTHO_OK);
+        Buffer grad_gains(adapters * sizeof(float));
+        CHECK_EQ(lora_ortho_cuda_backward(
+                     &factors, packed.data(), packed.bytes(), &call, &layer.grad.view,
+                     &layer.x.view, out.s.data(), out.grad_x.data(), out.grad_A.data(),
+                     out.grad_B.data(), layer.shape.factor_dtype,
+                     reinterpret_cast<float*>(grad_gains.data()), workspace.data(), bytes),
+                 LORA_ORTHO_OK);
         for (std::size_t j = 0; j < adapters; ++j) {
-            store(out.dgains.data() + 8 * j, LORA_ORTHO_FLOAT64,
-                  load(dgains.data() + 4 * j, LORA_ORTHO_FLOAT32));
+            store(out.grad_gains.data() + 8 * j, LORA_ORTHO_FLOAT64,
+                  load(grad_gains.data() + 4 * j, LORA_ORTHO_FLOAT32));
         }
     }
 };
@@ -100,7 +100,7 @@ void run_layers(int layers, bool exact_values, std::uint64_t seed) {
                 const bool with_base = numbers.below(4) != 0;
                 const Formula f(l, with_base);
                 const bool exact = exact_values && representable(f.s.value, dtype) &&
-                                   representable(f.ds.value, dtype);
+                                   representable(f.grad_s.value, dtype);
                 exact_layers += exact;
                 ++all_layers;
                 setenv("LORA_ORTHO_HOST_MULTIPROCESSORS", numbers.below(2) ? "1" : "132", 1);

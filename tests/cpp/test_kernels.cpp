@@ -30,7 +30,7 @@ void run_random_layers(int layers, bool exact_values, std::uint64_t seed) {
                 const Formula f(l, with_base);
                 // Broadcast inputs can make integers too large for the dtype.
                 const bool exact = exact_values && representable(f.s.value, dtype) &&
-                                   representable(f.ds.value, dtype);
+                                   representable(f.grad_s.value, dtype);
                 exact_layers += exact;
                 ++all_layers;
                 for (const lora_ortho_isa isa : isas()) {
@@ -106,10 +106,10 @@ TEST(outputs_that_are_not_wanted_change_nothing) {
                 const Outputs untouched(p);
                 std::memcpy(some.s.data(), all.s.data(), all.s.bytes());
                 backward(l, packed, 2, some, wanted);
-                CHECK(some.dx == (wanted & 1 ? all : untouched).dx);
-                CHECK(some.dA == (wanted & 2 ? all : untouched).dA);
-                CHECK(some.dB == (wanted & 4 ? all : untouched).dB);
-                CHECK(some.dgains == (wanted & 8 ? all : untouched).dgains);
+                CHECK(some.grad_x == (wanted & 1 ? all : untouched).grad_x);
+                CHECK(some.grad_A == (wanted & 2 ? all : untouched).grad_A);
+                CHECK(some.grad_B == (wanted & 4 ? all : untouched).grad_B);
+                CHECK(some.grad_gains == (wanted & 8 ? all : untouched).grad_gains);
             }
         }
     }

@@ -56,11 +56,11 @@ TEST(calls_on_one_packed_buffer) {
             std::size_t bytes = 0;
             lora_ortho_backward_bytes(shared_packed->data(), shared_packed->bytes(), &call, &bytes);
             const Buffer workspace(bytes);
-            lora_ortho_backward(shared_packed->data(), shared_packed->bytes(), &call,
-                                &layer().grad.view, &layer().x.view, out.s.data(), out.dx.data(),
-                                out.dA.data(), out.dB.data(), layer().shape.factor_dtype,
-                                reinterpret_cast<double*>(out.dgains.data()), workspace.data(),
-                                bytes);
+            lora_ortho_backward(
+                shared_packed->data(), shared_packed->bytes(), &call, &layer().grad.view,
+                &layer().x.view, out.s.data(), out.grad_x.data(), out.grad_A.data(),
+                out.grad_B.data(), layer().shape.factor_dtype,
+                reinterpret_cast<double*>(out.grad_gains.data()), workspace.data(), bytes);
         }
     });
     for (const Outputs& out : found) CHECK(out == alone);

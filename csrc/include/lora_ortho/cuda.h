@@ -33,7 +33,7 @@ typedef struct lora_ortho_cuda_call {
     int64_t row_offset, col_offset;
     uint64_t seed;                /* read where seed_pointer is null */
     const uint64_t* seed_pointer; /* in device memory, read when the kernels run */
-    const float* gains;           /* K, in device memory; w_j s_j / qhat_j of MASK_STREAM.md */
+    const float* gains;           /* K, in device memory; w_j c_j / qhat_j of MASK_STREAM.md */
     void* cuda_stream;            /* cudaStream_t; null is the default stream */
 } lora_ortho_cuda_call;
 
@@ -58,15 +58,15 @@ LORA_ORTHO_API lora_ortho_status lora_ortho_cuda_forward(
     const lora_ortho_cuda_call* call, const lora_ortho_matrix* x, const lora_ortho_matrix* base,
     void* y, void* s, void* workspace, size_t workspace_bytes);
 
-/* As lora_ortho_backward; dgains (K) float32. The same call gives the same bits. */
+/* As lora_ortho_backward; grad_gains (K) float32. The same call gives the same bits. */
 LORA_ORTHO_API lora_ortho_status lora_ortho_cuda_backward_bytes(const lora_ortho_factors* factors,
                                                                 const lora_ortho_cuda_call* call,
                                                                 size_t* bytes);
 LORA_ORTHO_API lora_ortho_status lora_ortho_cuda_backward(
     const lora_ortho_factors* factors, const void* packed, size_t packed_bytes,
     const lora_ortho_cuda_call* call, const lora_ortho_matrix* grad, const lora_ortho_matrix* x,
-    const void* s, void* dx, void* dA, void* dB, int32_t factor_dtype, float* dgains,
-    void* workspace, size_t workspace_bytes);
+    const void* s, void* grad_x, void* grad_A, void* grad_B, int32_t factor_dtype,
+    float* grad_gains, void* workspace, size_t workspace_bytes);
 
 #ifdef __cplusplus
 }

@@ -116,7 +116,7 @@ typedef struct lora_ortho_call {
     int64_t tokens;
     int64_t row_offset, col_offset;
     uint64_t seed;
-    const double* gains; /* K; w_j s_j / qhat_j of MASK_STREAM.md */
+    const double* gains; /* K; w_j c_j / qhat_j of MASK_STREAM.md */
 } lora_ortho_call;
 
 /* Text of a status, static; never null. */
@@ -161,18 +161,21 @@ LORA_ORTHO_API lora_ortho_status lora_ortho_forward(const void* packed, size_t p
                                                     void* s);
 
 /* Gradients from grad = dL/dy (tokens, d_out), any strides. Outputs may be null where not wanted:
- *   dx (tokens, d_in) contiguous, dtype of x;
- *   dA and dB: K contiguous blocks each, (r_j, d_in) and (d_out, r_j), one after another without
- *   gaps, all in factor_dtype, summed in float32 (float64 for float64) and rounded once;
- *   dgains (K) = dL/d gain_j.
+ *   grad_x (tokens, d_in) contiguous, dtype of x;
+ *   grad_A and grad_B: K contiguous blocks each, (r_j, d_in) and (d_out, r_j), one after another
+ * without gaps, all in factor_dtype, summed in float32 (float64 for float64) and rounded once;
+ *   grad_gains (K) = dL/d gain_j.
  * workspace: lora_ortho_backward_bytes bytes, aligned to LORA_ORTHO_ALIGNMENT. */
 LORA_ORTHO_API lora_ortho_status lora_ortho_backward_bytes(const void* packed, size_t packed_bytes,
                                                            const lora_ortho_call* call,
                                                            size_t* bytes);
-LORA_ORTHO_API lora_ortho_status lora_ortho_backward(
-    const void* packed, size_t packed_bytes, const lora_ortho_call* call,
-    const lora_ortho_matrix* grad, const lora_ortho_matrix* x, const void* s, void* dx, void* dA,
-    void* dB, int32_t factor_dtype, double* dgains, void* workspace, size_t workspace_bytes);
+LORA_ORTHO_API lora_ortho_status lora_ortho_backward(const void* packed, size_t packed_bytes,
+                                                     const lora_ortho_call* call,
+                                                     const lora_ortho_matrix* grad,
+                                                     const lora_ortho_matrix* x, const void* s,
+                                                     void* grad_x, void* grad_A, void* grad_B,
+                                                     int32_t factor_dtype, double* grad_gains,
+                                                     void* workspace, size_t workspace_bytes);
 
 #ifdef __cplusplus
 }

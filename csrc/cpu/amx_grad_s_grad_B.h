@@ -1,9 +1,9 @@
-// Reduce on tiles: for each adapter the gradient is masked twice, as left operand of ds and, its
-// rows interleaved in pairs, as right operand of dB^T.
+// grad_s and grad_B on tiles: for each adapter grad is masked twice, as left operand of grad_s and,
+// its rows interleaved in pairs, as right operand of grad_B^T.
 #pragma once
 
-#include "cpu/reduce.h"
-#include "cpu/tiles_forward.h"
+#include "cpu/amx_forward.h"
+#include "cpu/grad_s_grad_B.h"
 
 #if defined(__AMX_BF16__)
 
@@ -11,8 +11,8 @@ namespace lora_ortho::cpu::LORA_ORTHO_ISA {
 
 // Rows of a tile of the gradient; float32 takes three planes.
 template <int P>
-constexpr int kReduceRows = P == 1 ? 128 : 64;
-constexpr int kReduceColumns = 128;
+constexpr int kGradBlockRows = P == 1 ? 128 : 64;
+constexpr int kGradBlockColumns = 128;
 
 // A block of `rows` by `columns` in P planes, as left operand (steps are columns) and as right
 // operand (steps are rows).
@@ -76,24 +76,24 @@ LORA_ORTHO_INLINE void interleave_block(TileBlock<P, rows, columns>& block) {
 }
 
 template <int P>
-struct TileReduceScratch {
-    static constexpr int rows = kReduceRows<P>, columns = kReduceColumns;
-    alignas(64) std::uint16_t buffer[kReduceColumns + kDrawSlack];
+struct TileGradSGradBScratch {
+    static constexpr int rows = kGradBlockRows<P>, columns = kGradBlockColumns;
+    alignas(64) std::uint16_t buffer[kGradBlockColumns + kDrawSlack];
     alignas(64) std::uint16_t draws[rows][columns];
     alignas(64) std::uint16_t pairs[rows / 2][2 * columns];  // draws, interleaved as `right`
     TileBlock<P, rows, columns> grad, masked;
-    // followed by dB^T of the block, float [K * narrow][columns]
-    float* db() { return reinterpret_cast<float*>(this + 1); }
+    // followed by grad_B^T of the block, float [K * narrow][columns]
+    float* grad_B() { return reinterpret_cast<float*>(this + 1); }
 };
 
 template <int P>
 LORA_ORTHO_INLINE void draw_tile(const Draw& draw, int lane_set, std::int64_t row0, int count,
-                                 std::int64_t col0, TileReduceScratch<P>& t) {
-    const BlockDraws block = draw.block(lane_set, col0, kReduceColumns);
+                                 std::int64_t col0, TileGradSGradBScratch<P>& t) {
+    const BlockDraws block = draw.block(lane_set, col0, kGradBlockColumns);
     for (int i = 0; i < count; ++i)
         std::memcpy(t.draws[i], draw.row(block, row0 + i, t.buffer), sizeof t.draws[i]);
     for (int pair = 0; pair < (count + 1) / 2; ++pair)
-        for (int n = 0; n < kReduceColumns; n += kTile)
+        for (int n = 0; n < kGradBlockColumns; n += kTile)
             _mm512_store_si512(t.pairs[pair] + 2 * n,
                                interleave(t.draws[2 * pair] + n, t.draws[2 * pair + 1] + n));
 }
@@ -101,7 +101,7 @@ LORA_ORTHO_INLINE void draw_tile(const Draw& draw, int lane_set, std::int64_t ro
 // masked = grad where first <= draw <= last.
 template <int P>
 LORA_ORTHO_INLINE void mask_tile(int count, std::uint32_t first, std::uint32_t last,
-                                 TileReduceScratch<P>& t) {
+                                 TileGradSGradBScratch<P>& t) {
     const __m512i low = _mm512_set1_epi16(static_cast<short>(first));
     const __m512i high = _mm512_set1_epi16(static_cast<short>(last));
     auto kept = [&](const std::uint16_t* draws) __attribute__((always_inline)) {
@@ -113,27 +113,29 @@ LORA_ORTHO_INLINE void mask_tile(int count, std::uint32_t first, std::uint32_t l
         _mm512_store_si512(to, _mm512_maskz_mov_epi16(mask, _mm512_load_si512(from)));
     };
     for (int i = 0; i < count; ++i)
-        for (int n = 0; n < kReduceColumns; n += kTileSteps) {
+        for (int n = 0; n < kGradBlockColumns; n += kTileSteps) {
             const __mmask32 mask = kept(t.draws[i] + n);
             for (int p = 0; p < P; ++p) copy(t.masked.left[p][i] + n, t.grad.left[p][i] + n, mask);
         }
     for (int pair = 0; pair < count / 2; ++pair)
-        for (int q = 0; q < kReduceColumns / kTile; ++q) {
+        for (int q = 0; q < kGradBlockColumns / kTile; ++q) {
             const __mmask32 mask = kept(t.pairs[pair] + 2 * kTile * q);
             for (int p = 0; p < P; ++p)
                 copy(t.masked.pair_at(q, p, pair), t.grad.pair_at(q, p, pair), mask);
         }
 }
 
-// Rows [row0, row1) of a block of columns: adds to ds (rows, narrow_sum) and to the block's dB^T.
-// `transposed` is s^T.
+// Rows [row0, row1) of a block of columns: adds to grad_s (rows, narrow_sum) and to the block's
+// grad_B^T. `transposed` is s^T.
 template <class IO, int P>
-void tile_reduce_block(const TileLayout& l, const Draw& draw, View<IO> grad, const Left& transposed,
-                       std::int64_t row0, std::int64_t row1, std::int64_t col0, int cols, float* ds,
-                       TileReduceScratch<P>& t) {
+void grad_s_grad_B_tile_block(const TileLayout& l, const Draw& draw, View<IO> grad,
+                              const Left& transposed, std::int64_t row0, std::int64_t row1,
+                              std::int64_t col0, int cols, float* grad_s,
+                              TileGradSGradBScratch<P>& t) {
     const int method = l.h.method, tiles = static_cast<int>(l.narrow / kTile);
-    for (std::int64_t m = row0; m < row1; m += kReduceRows<P>) {
-        const int count = static_cast<int>(row1 - m < kReduceRows<P> ? row1 - m : kReduceRows<P>);
+    for (std::int64_t m = row0; m < row1; m += kGradBlockRows<P>) {
+        const int count =
+            static_cast<int>(row1 - m < kGradBlockRows<P> ? row1 - m : kGradBlockRows<P>);
         const int padded = static_cast<int>(round_up(count, kTileSteps));
         load_tile_block(grad, m, count, col0, cols, t.grad);
         interleave_block(t.grad);
@@ -148,15 +150,16 @@ void tile_reduce_block(const TileLayout& l, const Draw& draw, View<IO> grad, con
             }
             for (int i = 0; i < padded; i += kTileBlock)
                 product_rows<P>(t.masked.as_left(i), l.right(6, col0 / kTileSteps, j * tiles),
-                                kReduceColumns / kTileSteps, kTileBlock, tiles,
-                                ds + (m + i) * l.narrow_sum + j * l.narrow, l.narrow_sum, true);
+                                kGradBlockColumns / kTileSteps, kTileBlock, tiles,
+                                grad_s + (m + i) * l.narrow_sum + j * l.narrow, l.narrow_sum, true);
             for (std::int64_t k = 0; k < l.narrow; k += kTileBlock) {
                 const std::int64_t rank = j * l.narrow + k;
                 const Left a{bytes_at(transposed.data, rank * transposed.row + 2 * m),
                              transposed.row, transposed.step, transposed.plane};
                 product_rows<P>(a, t.masked.as_right(), padded / kTileSteps,
-                                l.narrow - k > kTile ? kTileBlock : kTile, kReduceColumns / kTile,
-                                t.db() + rank * kReduceColumns, kReduceColumns, true);
+                                l.narrow - k > kTile ? kTileBlock : kTile,
+                                kGradBlockColumns / kTile, t.grad_B() + rank * kGradBlockColumns,
+                                kGradBlockColumns, true);
             }
         }
     }

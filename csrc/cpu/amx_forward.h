@@ -1,8 +1,8 @@
 // Forward of the tile kernels.
 #pragma once
 
+#include "cpu/amx_shrink.h"
 #include "cpu/forward.h"
-#include "cpu/tiles_shrink.h"
 
 #if defined(__AMX_BF16__)
 
@@ -180,8 +180,8 @@ LORA_ORTHO_INLINE void tile_expand_block(const TileLayout& l, const Draw& draw, 
     } else {
         products(0, l.blocks(5), t.sums[0]);
     }
-    finish_block<IO, float>(t.sums[0], kTileColumns, out.base, out.row0, out.rows, out.col0,
-                            out.cols, out.d_out, out.y);
+    store_block<IO, float>(t.sums[0], kTileColumns, out.base, out.row0, out.rows, out.col0,
+                           out.cols, out.d_out, out.y);
 }
 
 template <class IO>

@@ -1,14 +1,14 @@
-// Packed factors of the tile kernels, all right operands of P bfloat16 planes (tiles.h); sections
-// that the path does not need are empty:
+// Packed factors of the tile kernels, all right operands of P bfloat16 planes (amx_tiles.h);
+// sections that the path does not need are empty:
 //   section 4  A       steps d_in,                 columns rank_sum       shrink
 //   section 5  B       steps K * wide,             columns d_out          expand
-//   section 6  B^T     steps d_out,                columns K * narrow     backward, ds
-//   section 7  A^T     steps K * narrow,           columns d_in           backward, dx
+//   section 6  B^T     steps d_out,                columns K * narrow     backward, grad_s
+//   section 7  A^T     steps K * narrow,           columns d_in           backward, grad_x
 // wide and narrow are the largest rank rounded up to kTileSteps and to kTile; padding holds zeros.
 #pragma once
 
+#include "cpu/amx_tiles.h"
 #include "cpu/packing.h"
-#include "cpu/tiles.h"
 
 #if defined(__AMX_BF16__)
 

@@ -1,8 +1,8 @@
-// Shrink on tiles: s = x A^T, x in P planes (tiles.h).
+// Shrink on tiles: s = x A^T, x in P planes (amx_tiles.h).
 #pragma once
 
+#include "cpu/amx_packing.h"
 #include "cpu/shrink.h"
-#include "cpu/tiles_packing.h"
 
 namespace lora_ortho::cpu::LORA_ORTHO_ISA {
 

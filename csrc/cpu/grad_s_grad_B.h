@@ -1,5 +1,5 @@
-// Reduce: draw the masks again and gather what flows to each adapter:
-//   ds_j[m] = sum_n g[m][n] m_j[m][n] B_j[n],   dB_j[n] = sum_m g[m][n] m_j[m][n] s_j[m].
+// grad_s and grad_B in one pass over grad, the masks drawn again:
+//   grad_s_j[m] = sum_n g[m][n] m_j[m][n] B_j[n],   grad_B_j[n] = sum_m g[m][n] m_j[m][n] s_j[m].
 // An element touches only the vectors of the adapters that kept it, so the cost of the orthogonal
 // method does not grow with K.
 #pragma once
@@ -9,11 +9,12 @@
 
 namespace lora_ortho::cpu::LORA_ORTHO_ISA {
 
-// Columns of a block: its dB (columns, K * padded) stays in the cache.
-struct ReduceConfig {
+// Columns of a block: its grad_B (columns, K * padded) stays in the cache.
+struct GradSGradBConfig {
     std::int64_t columns, blocks;
 };
-LORA_ORTHO_INLINE ReduceConfig reduce_config(const Header& h, std::size_t element, int threads) {
+LORA_ORTHO_INLINE GradSGradBConfig grad_s_grad_B_config(const Header& h, std::size_t element,
+                                                        int threads) {
     const std::int64_t row = h.padded_rank_sum * static_cast<std::int64_t>(element);
     std::int64_t columns = (std::int64_t{128} << 10) / row / kPanel * kPanel;
     columns = columns < kPanel ? kPanel : columns > kColumnBlock ? kColumnBlock : columns;
@@ -24,18 +25,18 @@ LORA_ORTHO_INLINE ReduceConfig reduce_config(const Header& h, std::size_t elemen
 }
 
 template <class C>
-struct ReduceScratch {
+struct GradSGradBScratch {
     alignas(64) std::uint16_t draws[kColumnBlock + kDrawSlack];
     alignas(64) std::uint16_t count[256];
     alignas(64) std::uint16_t owner[kColumnBlock];
     alignas(64) C grad[kColumnBlock];
-    // followed by: lists uint16 [K][kColumnBlock], s C [K * padded], dB C [columns][K * padded]
+    // followed by: lists uint16 [K][kColumnBlock], s C [K * padded], grad_B C [columns][K * padded]
     std::uint16_t* lists() { return reinterpret_cast<std::uint16_t*>(this + 1); }
     C* s(int adapters) { return reinterpret_cast<C*>(lists() + adapters * kColumnBlock); }
 };
 template <class C>
-std::size_t reduce_scratch(const Header& h, std::int64_t columns) {
-    return sizeof(ReduceScratch<C>) +
+std::size_t grad_s_grad_B_scratch(const Header& h, std::int64_t columns) {
+    return sizeof(GradSGradBScratch<C>) +
            static_cast<std::size_t>(h.adapters) * kColumnBlock * sizeof(std::uint16_t) +
            static_cast<std::size_t>((columns + 1) * h.padded_rank_sum) * sizeof(C);
 }
@@ -76,23 +77,24 @@ LORA_ORTHO_INLINE void list_kept(std::uint32_t threshold, const std::uint16_t* d
 
 // V vectors of one adapter's rank, over the columns of its list.
 template <class C, int V>
-LORA_ORTHO_INLINE void reduce_list(const std::uint16_t* list, int count, const C* grad, const C* s,
-                                   const C* b, C* db, std::ptrdiff_t pitch, C* ds) {
+LORA_ORTHO_INLINE void grad_s_grad_B_list(const std::uint16_t* list, int count, const C* grad,
+                                          const C* s, const C* b, C* grad_B, std::ptrdiff_t pitch,
+                                          C* grad_s) {
     Vec<C> sv[V], even[V], odd[V] = {};
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) {
         sv[v] = load(s + v * kLanes<C>);
-        even[v] = load(ds + v * kLanes<C>);
+        even[v] = load(grad_s + v * kLanes<C>);
     }
     auto touch = [&](int at, Vec<C>(&acc)[V]) __attribute__((always_inline)) {
         const std::ptrdiff_t n = list[at];
         const Vec<C> g = splat(grad[n]);
         const C* bn = b + n * pitch;
-        C* dbn = db + n * pitch;
+        C* column = grad_B + n * pitch;
 #pragma GCC unroll 4
         for (int v = 0; v < V; ++v) {
             acc[v] += g * load(bn + v * kLanes<C>);
-            store(dbn + v * kLanes<C>, load(dbn + v * kLanes<C>) + g * sv[v]);
+            store(column + v * kLanes<C>, load(column + v * kLanes<C>) + g * sv[v]);
         }
     };
     int at = 0;
@@ -102,28 +104,28 @@ LORA_ORTHO_INLINE void reduce_list(const std::uint16_t* list, int count, const C
     }
     if (at < count) touch(at, odd);
 #pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) store(ds + v * kLanes<C>, even[v] + odd[v]);
+    for (int v = 0; v < V; ++v) store(grad_s + v * kLanes<C>, even[v] + odd[v]);
 }
 
 template <class C>
-LORA_ORTHO_INLINE void reduce_adapter(const std::uint16_t* list, int count, const C* grad,
-                                      const C* s, const C* b, C* db, std::ptrdiff_t pitch,
-                                      std::int64_t padded, C* ds) {
+LORA_ORTHO_INLINE void grad_s_grad_B_adapter(const std::uint16_t* list, int count, const C* grad,
+                                             const C* s, const C* b, C* grad_B,
+                                             std::ptrdiff_t pitch, std::int64_t padded, C* grad_s) {
     std::int64_t k = 0;
     for (; k + 4 * kLanes<C> <= padded; k += 4 * kLanes<C>)
-        reduce_list<C, 4>(list, count, grad, s + k, b + k, db + k, pitch, ds + k);
+        grad_s_grad_B_list<C, 4>(list, count, grad, s + k, b + k, grad_B + k, pitch, grad_s + k);
     for (; k + 2 * kLanes<C> <= padded; k += 2 * kLanes<C>)
-        reduce_list<C, 2>(list, count, grad, s + k, b + k, db + k, pitch, ds + k);
+        grad_s_grad_B_list<C, 2>(list, count, grad, s + k, b + k, grad_B + k, pitch, grad_s + k);
     for (; k < padded; k += kLanes<C>)
-        reduce_list<C, 1>(list, count, grad, s + k, b + k, db + k, pitch, ds + k);
+        grad_s_grad_B_list<C, 1>(list, count, grad, s + k, b + k, grad_B + k, pitch, grad_s + k);
 }
 
-// One block of columns over rows [row0, row1): adds to ds (tokens, K * padded) and to the block's
-// db.
+// One block of columns over rows [row0, row1): adds to grad_s (tokens, K * padded) and to the
+// block's grad_B.
 template <class IO, class C>
-void reduce_block(const Draw& draw, View<IO> grad, const IO* s, std::int64_t row0,
-                  std::int64_t row1, std::int64_t col0, int cols, C* ds, C* db,
-                  ReduceScratch<C>& t) {
+void grad_s_grad_B_block(const Draw& draw, View<IO> grad, const IO* s, std::int64_t row0,
+                         std::int64_t row1, std::int64_t col0, int cols, C* grad_s, C* grad_B,
+                         GradSGradBScratch<C>& t) {
     const Layout& l = draw.l;
     const int K = l.h.adapters;
     const std::ptrdiff_t pitch = l.h.padded_rank_sum;
@@ -147,23 +149,24 @@ void reduce_block(const Draw& draw, View<IO> grad, const IO* s, std::int64_t row
                 t.count[j] = static_cast<std::uint16_t>(cols);
             }
             const std::int64_t at = j * l.padded;
-            reduce_adapter<C>(list, t.count[j], t.grad, s_row + at, b + at, db + at, pitch,
-                              l.padded, ds + m * pitch + at);
+            grad_s_grad_B_adapter<C>(list, t.count[j], t.grad, s_row + at, b + at, grad_B + at,
+                                     pitch, l.padded, grad_s + m * pitch + at);
         }
     }
 }
 
 // All blocks. Member t owns one block of columns a round and walks the team's stripes of rows from
-// its own on, so that no two members ever touch the same rows of ds or columns of dB: one pass over
-// grad, no partial sums, a fixed order. Ends with a barrier.
+// its own on, so that no two members ever touch the same rows of grad_s or columns of grad_B: one
+// pass over grad, no partial sums, a fixed order. Ends with a barrier.
 template <class IO, class C>
-void reduce(const Draw& draw, const ReduceConfig& config, View<IO> grad, const IO* s, C* ds,
-            const FactorGradients& factors, const Team& team, ReduceScratch<C>& t) {
+void grad_s_grad_B(const Draw& draw, const GradSGradBConfig& config, View<IO> grad, const IO* s,
+                   C* grad_s, const FactorGradients& factors, const Team& team,
+                   GradSGradBScratch<C>& t) {
     const Layout& l = draw.l;
     const std::int64_t tokens = draw.call.tokens, pitch = l.h.padded_rank_sum;
-    C* db = t.s(l.h.adapters) + pitch;
+    C* grad_B = t.s(l.h.adapters) + pitch;
     for (std::int64_t m = team.begin(tokens); m < team.end(tokens); ++m)
-        for (std::int64_t r = 0; r < pitch; ++r) ds[m * pitch + r] = 0;
+        for (std::int64_t r = 0; r < pitch; ++r) grad_s[m * pitch + r] = 0;
     team.barrier();
     for (std::int64_t round = 0; round < config.blocks; round += team.size) {
         const std::int64_t block = round + team.id;
@@ -171,16 +174,16 @@ void reduce(const Draw& draw, const ReduceConfig& config, View<IO> grad, const I
         const bool busy = block < config.blocks;
         const std::int64_t left = l.h.d_out - col0;
         const int cols = static_cast<int>(left < config.columns ? left : config.columns);
-        if (busy) std::memset(db, 0, static_cast<std::size_t>(cols * pitch) * sizeof(C));
+        if (busy) std::memset(grad_B, 0, static_cast<std::size_t>(cols * pitch) * sizeof(C));
         for (int phase = 0; phase < team.size; ++phase) {
             const Team stripe{(team.id + phase) % team.size, team.size};
             if (busy)
-                reduce_block<IO, C>(draw, grad, s, stripe.begin(tokens), stripe.end(tokens), col0,
-                                    cols, ds, db, t);
+                grad_s_grad_B_block<IO, C>(draw, grad, s, stripe.begin(tokens), stripe.end(tokens),
+                                           col0, cols, grad_s, grad_B, t);
             team.barrier();
         }
-        if (busy && factors.dB)
-            write_dB(l, draw.call.gains, db, l.padded, pitch, 1, col0, cols, factors);
+        if (busy && factors.grad_B)
+            store_grad_B(l, draw.call.gains, grad_B, l.padded, pitch, 1, col0, cols, factors);
     }
 }
 
