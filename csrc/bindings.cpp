@@ -44,28 +44,12 @@ lora_ortho_call as_call(std::int64_t tokens, Address gains, const py::int_& seed
 // The packed factors of one layer. Immutable after construction: calls may run at the same time.
 class Packed {
 public:
-    Packed(const std::string& method, const std::string& dtype, std::int64_t d_in,
-           std::int64_t d_out, const std::vector<std::int64_t>& ranks,
-           const std::vector<std::uint32_t>& thresholds, const std::vector<py::tuple>& lora_A,
+    Packed(const LayerSizes& sizes, const std::vector<py::tuple>& lora_A,
            const std::vector<py::tuple>& lora_B, const std::string& isa)
-        : dtype_(parse("dtype", dtype, kDtypes)) {
+        : dtype_(sizes.factors().dtype) {
         const std::vector<lora_ortho_matrix> A = as_matrices(lora_A), B = as_matrices(lora_B);
-        lora_ortho_factors factors{};
-        factors.struct_version = LORA_ORTHO_STRUCT_VERSION;
-        factors.method = parse("method", method, kMethods);
-        factors.dtype = dtype_;
+        lora_ortho_factors factors = sizes.with(A, B);
         factors.isa = parse("isa", isa, kIsas);
-        factors.adapters = static_cast<std::int32_t>(ranks.size());
-        factors.d_in = d_in;
-        factors.d_out = d_out;
-        factors.ranks = ranks.data();
-        factors.thresholds = thresholds.data();
-        factors.lora_A = A.data();
-        factors.lora_B = B.data();
-        if (A.size() != ranks.size() || B.size() != ranks.size() ||
-            (factors.method != LORA_ORTHO_DIRECT && thresholds.size() != ranks.size())) {
-            throw py::value_error("ranks, thresholds, lora_A and lora_B differ in length");
-        }
         const py::gil_scoped_release release;
         require(lora_ortho_pack_bytes(&factors, &bytes_));
         buffer_ = allocate(bytes_);
@@ -126,7 +110,7 @@ private:
         return *static_cast<const lora_ortho::cpu::Header*>(buffer_.get());
     }
 
-    lora_ortho_dtype dtype_;
+    std::int32_t dtype_;
     std::size_t bytes_ = 0;
     AlignedBuffer buffer_;
 };
@@ -241,13 +225,10 @@ PYBIND11_MODULE(_C, m) {
           "Writes the rows x cols uint16 draws, row-major, to out_ptr.");
     m.def("advise_huge_pages", &advise_huge_pages, arg("ptr"), arg("nbytes"),
           "Asks the system for huge pages in a buffer; does nothing where it has none.");
-    py::class_<Packed>(m, "Packed", py::module_local(), "The packed factors of one layer.")
-        .def(py::init<const std::string&, const std::string&, std::int64_t, std::int64_t,
-                      const std::vector<std::int64_t>&, const std::vector<std::uint32_t>&,
-                      const std::vector<py::tuple>&, const std::vector<py::tuple>&,
-                      const std::string&>(),
-             arg("method"), arg("dtype"), arg("d_in"), arg("d_out"), arg("ranks"),
-             arg("thresholds"), arg("A"), arg("B"), arg("isa") = "auto")
+    py::class_<Packed> packed(m, "Packed", py::module_local(), "The packed factors of one layer.");
+    def_init<std::vector<py::tuple>, std::vector<py::tuple>, std::string>(
+        packed, arg("A"), arg("B"), arg("isa") = "auto");
+    packed
         .def("forward", &Packed::forward, arg("x"), arg("base"), arg("y_ptr"), arg("s_ptr"),
              arg("tokens"), arg("gains_ptr"), arg("seed"), arg("stream"), arg("sample"),
              arg("row_offset"), arg("col_offset"), arg("threads"))

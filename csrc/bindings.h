@@ -5,12 +5,14 @@
 #include <pybind11/stl.h>
 
 #include <cstdint>
+#include <memory>
 #include <new>
 #include <optional>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
+#include "common/draw.h"
 #include "lora_ortho/lora_ortho.h"
 
 namespace py = pybind11;
@@ -69,6 +71,62 @@ inline std::vector<lora_ortho_matrix> as_matrices(const std::vector<py::tuple>& 
         matrices.push_back(as_matrix(t, parse("dtype", t[3].cast<std::string>(), kDtypes)));
     }
     return matrices;
+}
+
+// The sizes and thresholds of a layer, and what they point to: the factors without their matrices.
+class LayerSizes {
+public:
+    LayerSizes(lora_ortho_method method, lora_ortho_dtype dtype, std::int64_t d_in,
+               std::int64_t d_out, std::vector<std::int64_t> ranks,
+               std::vector<std::uint32_t> thresholds)
+        : ranks_(std::move(ranks)), thresholds_(std::move(thresholds)) {
+        factors_.struct_version = LORA_ORTHO_STRUCT_VERSION;
+        factors_.method = method;
+        factors_.dtype = dtype;
+        factors_.adapters = static_cast<std::int32_t>(ranks_.size());
+        factors_.d_in = d_in;
+        factors_.d_out = d_out;
+        factors_.ranks = ranks_.data();
+        factors_.thresholds = thresholds_.data();
+        if (draw_of(factors_) != Draw::kNone && thresholds_.size() != ranks_.size()) {
+            throw py::value_error("ranks and thresholds differ in length");
+        }
+    }
+    LayerSizes(LayerSizes&&) = default;
+
+    const lora_ortho_factors& factors() const { return factors_; }
+    // With matrices, which live as long as A and B do.
+    lora_ortho_factors with(const std::vector<lora_ortho_matrix>& A,
+                            const std::vector<lora_ortho_matrix>& B) const {
+        if (A.size() != ranks_.size() || B.size() != ranks_.size()) {
+            throw py::value_error("ranks, lora_A and lora_B differ in length");
+        }
+        lora_ortho_factors factors = factors_;
+        factors.lora_A = A.data();
+        factors.lora_B = B.data();
+        return factors;
+    }
+
+private:
+    std::vector<std::int64_t> ranks_;
+    std::vector<std::uint32_t> thresholds_;
+    lora_ortho_factors factors_{};
+};
+
+// Gives a Python class whose constructor takes LayerSizes and More an __init__ of their numbers.
+template <class... More, class Class, class... Names>
+void def_init(py::class_<Class>& c, const Names&... names) {
+    using py::arg;
+    c.def(py::init([](const std::string& method, const std::string& dtype, std::int64_t d_in,
+                      std::int64_t d_out, std::vector<std::int64_t> ranks,
+                      std::vector<std::uint32_t> thresholds, const More&... more) {
+              return std::make_unique<Class>(
+                  LayerSizes(parse("method", method, kMethods), parse("dtype", dtype, kDtypes),
+                             d_in, d_out, std::move(ranks), std::move(thresholds)),
+                  more...);
+          }),
+          arg("method"), arg("dtype"), arg("d_in"), arg("d_out"), arg("ranks"), arg("thresholds"),
+          names...);
 }
 
 inline void* as_pointer(Address address) { return reinterpret_cast<void*>(address); }

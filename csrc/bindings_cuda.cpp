@@ -10,49 +10,28 @@ namespace {
 // Sizes and masks of one layer: what every CUDA call takes beside the packed buffer.
 class CudaFactors {
 public:
-    CudaFactors(const std::string& method, const std::string& dtype, std::int64_t d_in,
-                std::int64_t d_out, std::vector<std::int64_t> ranks,
-                std::vector<std::uint32_t> thresholds)
-        : ranks_(std::move(ranks)), thresholds_(std::move(thresholds)) {
-        factors_.struct_version = LORA_ORTHO_STRUCT_VERSION;
-        factors_.method = parse("method", method, kMethods);
-        factors_.dtype = parse("dtype", dtype, kDtypes);
-        factors_.adapters = static_cast<std::int32_t>(ranks_.size());
-        factors_.d_in = d_in;
-        factors_.d_out = d_out;
-        factors_.ranks = ranks_.data();
-        factors_.thresholds = thresholds_.data();
-        if (factors_.method != LORA_ORTHO_DIRECT && thresholds_.size() != ranks_.size()) {
-            throw py::value_error("ranks and thresholds differ in length");
-        }
-        require(lora_ortho_cuda_pack_bytes(&factors_, &bytes_));
+    explicit CudaFactors(LayerSizes sizes) : sizes_(std::move(sizes)) {
+        require(lora_ortho_cuda_pack_bytes(&factors(), &bytes_));
     }
-    CudaFactors(const CudaFactors&) = delete;
 
     void pack(const std::vector<py::tuple>& lora_A, const std::vector<py::tuple>& lora_B,
               Address packed, Address cuda_stream) const {
         const std::vector<lora_ortho_matrix> A = as_matrices(lora_A), B = as_matrices(lora_B);
-        if (A.size() != ranks_.size() || B.size() != ranks_.size()) {
-            throw py::value_error("ranks, lora_A and lora_B differ in length");
-        }
-        lora_ortho_factors factors = factors_;
-        factors.lora_A = A.data();
-        factors.lora_B = B.data();
+        const lora_ortho_factors whole = sizes_.with(A, B);
         const py::gil_scoped_release release;
-        require(
-            lora_ortho_cuda_pack(&factors, as_pointer(packed), bytes_, as_pointer(cuda_stream)));
+        require(lora_ortho_cuda_pack(&whole, as_pointer(packed), bytes_, as_pointer(cuda_stream)));
     }
 
     std::size_t forward_bytes(std::int64_t tokens) const {
         std::size_t bytes = 0;
         const lora_ortho_cuda_call call = sizes(tokens);
-        require(lora_ortho_cuda_forward_bytes(&factors_, &call, &bytes));
+        require(lora_ortho_cuda_forward_bytes(&factors(), &call, &bytes));
         return bytes;
     }
     std::size_t backward_bytes(std::int64_t tokens) const {
         std::size_t bytes = 0;
         const lora_ortho_cuda_call call = sizes(tokens);
-        require(lora_ortho_cuda_backward_bytes(&factors_, &call, &bytes));
+        require(lora_ortho_cuda_backward_bytes(&factors(), &call, &bytes));
         return bytes;
     }
 
@@ -60,11 +39,11 @@ public:
                  Address y, Address s, Address workspace, std::size_t workspace_bytes,
                  const py::tuple& call_tuple) const {
         const lora_ortho_cuda_call call = as_call(call_tuple);
-        const lora_ortho_matrix x_matrix = as_matrix(x, factors_.dtype);
+        const lora_ortho_matrix x_matrix = as_matrix(x, factors().dtype);
         const lora_ortho_matrix base_matrix =
-            base ? as_matrix(*base, factors_.dtype) : lora_ortho_matrix{};
+            base ? as_matrix(*base, factors().dtype) : lora_ortho_matrix{};
         const py::gil_scoped_release release;
-        require(lora_ortho_cuda_forward(&factors_, as_pointer(packed), bytes_, &call, &x_matrix,
+        require(lora_ortho_cuda_forward(&factors(), as_pointer(packed), bytes_, &call, &x_matrix,
                                         base ? &base_matrix : nullptr, as_pointer(y), as_pointer(s),
                                         as_pointer(workspace), workspace_bytes));
     }
@@ -74,12 +53,12 @@ public:
                   Address grad_gains, Address workspace, std::size_t workspace_bytes,
                   const py::tuple& call_tuple) const {
         const lora_ortho_cuda_call call = as_call(call_tuple);
-        const lora_ortho_matrix grad_matrix = as_matrix(grad, factors_.dtype);
-        const lora_ortho_matrix x_matrix = as_matrix(x, factors_.dtype);
+        const lora_ortho_matrix grad_matrix = as_matrix(grad, factors().dtype);
+        const lora_ortho_matrix x_matrix = as_matrix(x, factors().dtype);
         const lora_ortho_dtype factor = parse("factor_dtype", factor_dtype, kDtypes);
         const py::gil_scoped_release release;
         require(lora_ortho_cuda_backward(
-            &factors_, as_pointer(packed), bytes_, &call, &grad_matrix, &x_matrix, as_pointer(s),
+            &factors(), as_pointer(packed), bytes_, &call, &grad_matrix, &x_matrix, as_pointer(s),
             as_pointer(grad_x), as_pointer(grad_A), as_pointer(grad_B), factor,
             static_cast<float*>(as_pointer(grad_gains)), as_pointer(workspace), workspace_bytes));
     }
@@ -113,9 +92,9 @@ private:
         return call;
     }
 
-    std::vector<std::int64_t> ranks_;
-    std::vector<std::uint32_t> thresholds_;
-    lora_ortho_factors factors_{};
+    const lora_ortho_factors& factors() const { return sizes_.factors(); }
+
+    LayerSizes sizes_;
     std::size_t bytes_ = 0;
 };
 
@@ -132,12 +111,10 @@ void bind_cuda(py::module_& m) {
     using py::arg;
     m.def("cuda_unavailable", &cuda_unavailable,
           "Why the CUDA kernels cannot run on the current device; None where they can.");
-    py::class_<CudaFactors>(m, "CudaFactors", py::module_local(),
-                            "Sizes and masks of one layer for the CUDA kernels.")
-        .def(py::init<const std::string&, const std::string&, std::int64_t, std::int64_t,
-                      std::vector<std::int64_t>, std::vector<std::uint32_t>>(),
-             arg("method"), arg("dtype"), arg("d_in"), arg("d_out"), arg("ranks"),
-             arg("thresholds"))
+    py::class_<CudaFactors> factors(m, "CudaFactors", py::module_local(),
+                                    "Sizes and masks of one layer for the CUDA kernels.");
+    def_init(factors);
+    factors
         .def("pack", &CudaFactors::pack, arg("A"), arg("B"), arg("packed_ptr"), arg("cuda_stream"))
         .def("forward_bytes", &CudaFactors::forward_bytes, arg("tokens"))
         .def("backward_bytes", &CudaFactors::backward_bytes, arg("tokens"))

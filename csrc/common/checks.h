@@ -27,10 +27,6 @@ constexpr std::size_t dtype_bytes(std::int32_t dtype) {
     }
 }
 
-constexpr bool is_method(std::int32_t method) {
-    return method >= LORA_ORTHO_ORTHOGONAL && method <= LORA_ORTHO_DIRECT;
-}
-
 constexpr bool is_adapters(std::int32_t adapters) {
     return adapters >= 1 && adapters <= LORA_ORTHO_MAX_ADAPTERS;
 }

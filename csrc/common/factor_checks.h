@@ -10,7 +10,7 @@
 namespace lora_ortho {
 
 inline Status check_thresholds(const lora_ortho_factors& f) {
-    const Draw draw = draw_of(f.method);
+    const Draw draw = draw_of(f);
     if (draw == Draw::kNone) return LORA_ORTHO_OK;
     LORA_ORTHO_CHECK(check_pointer(f.thresholds, alignof(std::uint32_t)));
     std::uint32_t below = 0;
@@ -28,7 +28,7 @@ inline Status check_factor_sizes(const lora_ortho_factors* factors) {
     if (!factors) return LORA_ORTHO_NULL_POINTER;
     const lora_ortho_factors& f = *factors;
     if (f.struct_version != LORA_ORTHO_STRUCT_VERSION) return LORA_ORTHO_BAD_VERSION;
-    if (!is_method(f.method)) return LORA_ORTHO_BAD_METHOD;
+    if (!is_draw(draw_of(f))) return LORA_ORTHO_BAD_METHOD;
     if (dtype_bytes(f.dtype) == 0) return LORA_ORTHO_BAD_DTYPE;
     if (!is_adapters(f.adapters)) return LORA_ORTHO_BAD_ADAPTERS;
     if (f.d_in < 1 || f.d_out < 1 || f.d_out > LORA_ORTHO_COL_LIMIT) return LORA_ORTHO_BAD_SIZE;

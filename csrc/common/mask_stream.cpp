@@ -71,12 +71,12 @@ extern "C" {
 
 lora_ortho_status lora_ortho_thresholds(lora_ortho_method method, int32_t adapters, const double* p,
                                         uint32_t* thresholds, double* keep) {
-    if (!is_method(method)) return LORA_ORTHO_BAD_METHOD;
+    const Draw draw = draw_of(method);
+    if (!is_draw(draw)) return LORA_ORTHO_BAD_METHOD;
     if (!is_adapters(adapters)) return LORA_ORTHO_BAD_ADAPTERS;
     LORA_ORTHO_CHECK(check_pointer(p, alignof(double)));
     LORA_ORTHO_CHECK(check_pointer(thresholds, alignof(std::uint32_t)));
     LORA_ORTHO_CHECK(check_pointer(keep, alignof(double)));
-    const Draw draw = draw_of(method);
     if (draw == Draw::kNone) {
         std::fill_n(thresholds, adapters, LORA_ORTHO_DRAW_LIMIT);
         std::fill_n(keep, adapters, 1.0);

@@ -8,8 +8,6 @@
 
 namespace lora_ortho::cpu::LORA_ORTHO_ISA {
 
-static_assert(kGradAColumns % kTile == 0);
-
 template <int P>
 struct TileGradXGradAScratch {
     TileBlock<P, kGradBlockRows<P>, kGradAColumns> x;
@@ -20,7 +18,7 @@ struct TileGradXGradAScratch {
 
 template <int P>
 struct TileBackwardSizes {
-    TileBackwardSizes(const TileLayout& l, const lora_ortho_call& call)
+    TileBackwardSizes(const TileLayout& l, const Call& call)
         : threads(team_size(call.threads)),
           rows(round_up(call.tokens, kTileSteps)),
           pitch(left_pitch(rows)),
@@ -46,11 +44,10 @@ struct TileBackwardSizes {
 
 // All blocks of columns, in the order of grad_s_grad_B(). Ends with a barrier.
 template <class IO, int P>
-void grad_s_grad_B_tiles(const TileLayout& l, const Draw& draw, View<IO> grad,
+void grad_s_grad_B_tiles(const TileLayout& l, const Call& call, View<IO> grad,
                          const Left& transposed, std::int64_t rows, float* grad_s,
-                         const FactorGradients& factors, const Team& team,
-                         TileGradSGradBScratch<P>& t) {
-    const std::int64_t tokens = draw.call.tokens, stripes = rows / kTileSteps;
+                         const Gradients& out, const Team& team, TileGradSGradBScratch<P>& t) {
+    const std::int64_t tokens = call.tokens, stripes = rows / kTileSteps;
     const std::int64_t blocks = ceil_div(l.h.d_out, kGradBlockColumns);
     for (std::int64_t round = 0; round < blocks; round += team.size) {
         const std::int64_t block = round + team.id, col0 = block * kGradBlockColumns;
@@ -65,13 +62,13 @@ void grad_s_grad_B_tiles(const TileLayout& l, const Draw& draw, View<IO> grad,
             const std::int64_t row0 = stripe.begin(stripes) * kTileSteps;
             const std::int64_t end = stripe.end(stripes) * kTileSteps;
             if (busy)
-                grad_s_grad_B_tile_block<IO, P>(l, draw, grad, transposed, row0,
+                grad_s_grad_B_tile_block<IO, P>(l, call.place, grad, transposed, row0,
                                                 end < tokens ? end : tokens, col0, cols, grad_s, t);
             team.barrier();
         }
-        if (busy && factors.grad_B)
-            store_grad_B(l, draw.call.gains, t.grad_B(), l.narrow, 1, kGradBlockColumns, col0, cols,
-                         factors);
+        if (busy && out.grad_B)
+            store_grad_B(l, call.gains, t.grad_B(), l.narrow, 1, kGradBlockColumns, col0, cols,
+                         out);
     }
 }
 
@@ -109,8 +106,9 @@ void grad_x_tiles(const TileLayout& l, const float* grad_s, std::int64_t row0, s
         for (std::int64_t n = 0; n < l.h.d_in; n += kTileColumns) {
             const int cols =
                 static_cast<int>(l.h.d_in - n < kTileColumns ? l.h.d_in - n : kTileColumns);
-            product_rows<P>(a, l.right(7, 0, n / kTile), l.blocks(7), padded, ceil_div(cols, kTile),
-                            t.sums[0], kTileColumns, false);
+            product_rows<P>(a, l.right(kATransposedTiles, 0, n / kTile),
+                            l.blocks(kATransposedTiles), padded, ceil_div(cols, kTile), t.sums[0],
+                            kTileColumns, false);
             store_block<IO, float>(t.sums[0], kTileColumns, nullptr, m, rows, n, cols, l.h.d_in,
                                    grad_x);
         }
@@ -120,8 +118,7 @@ void grad_x_tiles(const TileLayout& l, const float* grad_s, std::int64_t row0, s
 // grad_A = grad_s^T x over columns [col0, col0 + cols).
 template <class IO, int P>
 void grad_A_tiles(const TileLayout& l, const Left& transposed, View<IO> x, std::int64_t tokens,
-                  std::int64_t col0, int cols, const FactorGradients& factors,
-                  TileGradXGradAScratch<P>& t) {
+                  std::int64_t col0, int cols, const Gradients& out, TileGradXGradAScratch<P>& t) {
     float* sums = t.grad_A();
     std::memset(sums, 0, static_cast<std::size_t>(l.narrow_sum * kGradAColumns * 4));
     for (std::int64_t m = 0; m < tokens; m += kGradBlockRows<P>) {
@@ -138,15 +135,14 @@ void grad_A_tiles(const TileLayout& l, const Left& transposed, View<IO> x, std::
     }
     for (int j = 0; j < l.h.adapters; ++j)
         store_grad_A(l, sums + j * l.narrow * kGradAColumns, kGradAColumns, l.rank_begin[j],
-                     l.ranks[j], col0, cols, factors);
+                     l.ranks[j], col0, cols, out);
 }
 
 template <class IO>
-void backward_tiles(const void* packed, const lora_ortho_call& call, const lora_ortho_matrix& grad,
-                    const lora_ortho_matrix& x, const void* s, void* grad_x,
-                    const FactorGradients& factors, double* grad_gains, void* workspace) {
+void backward_tiles(const TileLayout& l, const Call& call, const lora_ortho_matrix& grad,
+                    const lora_ortho_matrix& x, const void* s, const Gradients& out,
+                    void* workspace) {
     constexpr int P = kPlanes<IO>;
-    const TileLayout l(packed, P);
     const TileBackwardSizes<P> sizes(l, call);
     char* at = static_cast<char*>(workspace);
     float* grad_s = reinterpret_cast<float*>(at);
@@ -156,7 +152,6 @@ void backward_tiles(const void* packed, const lora_ortho_call& call, const lora_
     const IO* s_in = static_cast<const IO*>(s);
     const std::int64_t chunks = ceil_div(call.tokens, kGainRows);
     const Left transposed{flipped, 2 * sizes.pitch, 2 * kTileSteps, 2 * l.narrow_sum * sizes.pitch};
-    const Draw draw{call, l};
     run_team(sizes.threads, [&](const Team& team) {
         const TileState state;
         char* own = members + sizes.member * static_cast<std::size_t>(team.id);
@@ -173,9 +168,8 @@ void backward_tiles(const void* packed, const lora_ortho_call& call, const lora_
                               return to_compute(s_in[m * l.h.rank_sum + l.rank_begin[j] + k]);
                           });
         team.barrier();
-        grad_s_grad_B_tiles<IO, P>(l, draw, view_of<IO>(grad), transposed, sizes.rows, grad_s,
-                                   factors, team,
-                                   *reinterpret_cast<TileGradSGradBScratch<P>*>(own));
+        grad_s_grad_B_tiles<IO, P>(l, call, view_of<IO>(grad), transposed, sizes.rows, grad_s, out,
+                                   team, *reinterpret_cast<TileGradSGradBScratch<P>*>(own));
         auto& t = *reinterpret_cast<TileGradXGradAScratch<P>*>(own);
         for (std::int64_t c = team.begin(chunks); c < team.end(chunks); ++c) {
             const std::int64_t begin = c * kGainRows;
@@ -183,22 +177,24 @@ void backward_tiles(const void* packed, const lora_ortho_call& call, const lora_
                 begin + kGainRows < call.tokens ? begin + kGainRows : call.tokens;
             scale_grad_s_tiles<IO>(l, call.gains, s_in, begin, end, grad_s,
                                    sums + c * l.h.adapters);
-            if (factors.grad_A)
+            if (out.grad_A)
                 transpose_rows<P>(l, begin, end, sizes.pitch, flipped,
                                   [&](std::int64_t m, int j, std::int64_t k) {
                                       return grad_s[m * l.narrow_sum + j * l.narrow + k];
                                   });
-            if (grad_x) grad_x_tiles<IO, P>(l, grad_s, begin, end, static_cast<IO*>(grad_x), t);
+            if (out.grad_x)
+                grad_x_tiles<IO, P>(l, grad_s, begin, end, static_cast<IO*>(out.grad_x), t);
         }
         team.barrier();
-        if (grad_gains && team.id == 0) sum_parts_of_grad_gains(l, chunks, sums, grad_gains);
+        if (out.grad_gains && team.id == 0)
+            sum_parts_of_grad_gains(l, chunks, sums, out.grad_gains);
         const std::int64_t pieces = ceil_div(l.h.d_in, kGradAColumns);
-        if (factors.grad_A)
+        if (out.grad_A)
             for (std::int64_t p = team.begin(pieces); p < team.end(pieces); ++p) {
                 const std::int64_t col0 = p * kGradAColumns, left = l.h.d_in - col0;
                 grad_A_tiles<IO, P>(l, transposed, view_of<IO>(x), call.tokens, col0,
                                     static_cast<int>(left < kGradAColumns ? left : kGradAColumns),
-                                    factors, t);
+                                    out, t);
             }
     });
 }

@@ -9,11 +9,6 @@
 
 namespace lora_ortho::cpu::LORA_ORTHO_ISA {
 
-// Rows of a tile of the gradient; float32 takes three planes.
-template <int P>
-constexpr int kGradBlockRows = P == 1 ? 128 : 64;
-constexpr int kGradBlockColumns = 128;
-
 // A block of `rows` by `columns` in P planes, as left operand (steps are columns) and as right
 // operand (steps are rows).
 template <int P, int rows, int columns>
@@ -87,23 +82,22 @@ struct TileGradSGradBScratch {
 };
 
 template <int P>
-LORA_ORTHO_INLINE void draw_tile(const Draw& draw, int lane_set, std::int64_t row0, int count,
+LORA_ORTHO_INLINE void draw_tile(const Place& place, int lane_set, std::int64_t row0, int count,
                                  std::int64_t col0, TileGradSGradBScratch<P>& t) {
-    const BlockDraws block = draw.block(lane_set, col0, kGradBlockColumns);
+    const BlockDraws block(place, lane_set, col0, kGradBlockColumns);
     for (int i = 0; i < count; ++i)
-        std::memcpy(t.draws[i], draw.row(block, row0 + i, t.buffer), sizeof t.draws[i]);
+        std::memcpy(t.draws[i], block.row(row0 + i, t.buffer), sizeof t.draws[i]);
     for (int pair = 0; pair < (count + 1) / 2; ++pair)
         for (int n = 0; n < kGradBlockColumns; n += kTile)
             _mm512_store_si512(t.pairs[pair] + 2 * n,
                                interleave(t.draws[2 * pair] + n, t.draws[2 * pair + 1] + n));
 }
 
-// masked = grad where first <= draw <= last.
+// masked = grad where the draw lies in the interval.
 template <int P>
-LORA_ORTHO_INLINE void mask_tile(int count, std::uint32_t first, std::uint32_t last,
-                                 TileGradSGradBScratch<P>& t) {
-    const __m512i low = _mm512_set1_epi16(static_cast<short>(first));
-    const __m512i high = _mm512_set1_epi16(static_cast<short>(last));
+LORA_ORTHO_INLINE void mask_tile(int count, Interval interval, TileGradSGradBScratch<P>& t) {
+    const __m512i low = _mm512_set1_epi16(static_cast<short>(interval.first));
+    const __m512i high = _mm512_set1_epi16(static_cast<short>(interval.last));
     auto kept = [&](const std::uint16_t* draws) __attribute__((always_inline)) {
         const __m512i u = _mm512_load_si512(draws);
         return _mm512_mask_cmple_epu16_mask(_mm512_cmpge_epu16_mask(u, low), u, high);
@@ -128,28 +122,25 @@ LORA_ORTHO_INLINE void mask_tile(int count, std::uint32_t first, std::uint32_t l
 // Rows [row0, row1) of a block of columns: adds to grad_s (rows, narrow_sum) and to the block's
 // grad_B^T. `transposed` is s^T.
 template <class IO, int P>
-void grad_s_grad_B_tile_block(const TileLayout& l, const Draw& draw, View<IO> grad,
+void grad_s_grad_B_tile_block(const TileLayout& l, const Place& place, View<IO> grad,
                               const Left& transposed, std::int64_t row0, std::int64_t row1,
                               std::int64_t col0, int cols, float* grad_s,
                               TileGradSGradBScratch<P>& t) {
-    const int method = l.h.method, tiles = static_cast<int>(l.narrow / kTile);
+    const Draw draw = l.h.draw;
+    const int tiles = static_cast<int>(l.narrow / kTile);
     for (std::int64_t m = row0; m < row1; m += kGradBlockRows<P>) {
         const int count =
             static_cast<int>(row1 - m < kGradBlockRows<P> ? row1 - m : kGradBlockRows<P>);
         const int padded = static_cast<int>(round_up(count, kTileSteps));
         load_tile_block(grad, m, count, col0, cols, t.grad);
         interleave_block(t.grad);
-        if (method == LORA_ORTHO_ORTHOGONAL) draw_tile(draw, 0, m, count, col0, t);
+        if (draw == Draw::kShared) draw_tile(place, 0, m, count, col0, t);
         for (int j = 0; j < l.h.adapters; ++j) {
-            if (method == LORA_ORTHO_DROPOUT) draw_tile(draw, j, m, count, col0, t);
-            const bool owned = method == LORA_ORTHO_ORTHOGONAL && j > 0;
-            if (method == LORA_ORTHO_DIRECT) {
-                if (j == 0) mask_tile(padded, 0, 0xffff, t);
-            } else {
-                mask_tile(padded, owned ? l.thresholds[j - 1] : 0, l.thresholds[j] - 1, t);
-            }
+            if (draw == Draw::kOwn) draw_tile(place, j, m, count, col0, t);
+            if (draw != Draw::kNone || j == 0) mask_tile(padded, l.intervals[j], t);
             for (int i = 0; i < padded; i += kTileBlock)
-                product_rows<P>(t.masked.as_left(i), l.right(6, col0 / kTileSteps, j * tiles),
+                product_rows<P>(t.masked.as_left(i),
+                                l.right(kBTransposedTiles, col0 / kTileSteps, j * tiles),
                                 kGradBlockColumns / kTileSteps, kTileBlock, tiles,
                                 grad_s + (m + i) * l.narrow_sum + j * l.narrow, l.narrow_sum, true);
             for (std::int64_t k = 0; k < l.narrow; k += kTileBlock) {

@@ -1,27 +1,13 @@
 // Shrink on tiles: s = x A^T, x in P planes (amx_tiles.h).
 #pragma once
 
-#include "cpu/amx_packing.h"
+#include "cpu/amx_launch_config.h"
+#include "cpu/amx_layout.h"
 #include "cpu/shrink.h"
 
 namespace lora_ortho::cpu::LORA_ORTHO_ISA {
 
 #if defined(__AMX_BF16__)
-
-// A block of products.
-constexpr int kTileBlock = 2 * kTile, kTileColumns = 4 * kTile;
-
-template <int P>
-LORA_ORTHO_INLINE ShrinkConfig tile_shrink_config(const Layout& l, std::int64_t tokens) {
-    const std::int64_t fit = (std::int64_t{512} << 10) / (l.panels * kPanel * 4) / 32 * 32;
-    return {l, tokens, P == 1 ? 256 : 128, fit > 256 ? 256 : fit < 32 ? 32 : fit, 32};
-}
-
-// Elements between the rows of a left operand: an odd number of cache lines, so that the rows of a
-// tile do not meet in one set of the cache.
-LORA_ORTHO_INLINE std::int64_t left_pitch(std::int64_t steps) {
-    return round_up(steps, 2 * kTileSteps) + kTileSteps;
-}
 
 // A left operand of `rows` rows and `steps` steps in P planes, zero beyond them up to `padded_rows`
 // and to whole blocks. Whole rows may be used where they lie if `direct`.
@@ -58,9 +44,8 @@ LORA_ORTHO_INLINE Left load_left(View<IO> view, std::int64_t row0, int rows, int
 template <class IO, int P>
 void tile_shrink_step(const TileLayout& l, View<IO> x, std::int64_t row0, int rows, std::int64_t k0,
                       std::int64_t steps, bool add, float* sums, bfloat16* block) {
-    const Right a = l.right(4, k0 / kTileSteps, 0);
-    // Rows a multiple of 1 KiB apart meet in few sets of the cache: copied if they are read often.
-    const bool direct = x.row % 512 != 0 || l.panels <= 4;
+    const Right a = l.right(kATiles, k0 / kTileSteps, 0);
+    const bool direct = reads_rows_in_place(x.row, l.panels);
     for (int i = 0; i < rows; i += kTileBlock) {
         const int count = rows - i < kTileBlock ? rows - i : kTileBlock;
         const int padded = count > kTile ? kTileBlock : kTile;
@@ -72,14 +57,13 @@ void tile_shrink_step(const TileLayout& l, View<IO> x, std::int64_t row0, int ro
 
 // Writes s, float32 from three planes or bfloat16 from one. Ends with a barrier.
 template <class IO>
-LORA_ORTHO_INLINE void shrink_tiles(const Layout& layout, const ShrinkConfig& config, View<IO> x,
-                                    IO* s, const Team& team, float* sums, float* partials,
+LORA_ORTHO_INLINE void shrink_tiles(const TileLayout& l, const ShrinkConfig& config, View<IO> x,
+                                    IO* s, const Team& team, float* sums, float* parts,
                                     void* block) {
     constexpr int P = kPlanes<IO>;
     const TileState state;
-    const TileLayout l(layout.base, P);
     shrink<IO, float>(
-        l, config, s, team, sums, partials,
+        l, config, s, team, sums, parts,
         [&](std::int64_t row0, int rows, std::int64_t k0, std::int64_t steps, bool add, float* to) {
             tile_shrink_step<IO, P>(l, x, row0, rows, k0, steps, add, to,
                                     static_cast<bfloat16*>(block));

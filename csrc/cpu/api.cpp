@@ -24,8 +24,8 @@ void lay_out(Header& header) {
     const std::size_t k = static_cast<std::size_t>(header.adapters);
     header.ranks = align_up(sizeof(Header));
     header.rank_begin = header.ranks + k * sizeof(std::int64_t);
-    header.thresholds = header.rank_begin + (k + 1) * sizeof(std::int64_t);
-    header.arrays_end = align_up(header.thresholds + k * sizeof(std::uint32_t));
+    header.intervals = header.rank_begin + (k + 1) * sizeof(std::int64_t);
+    header.arrays_end = align_up(header.intervals + k * sizeof(Interval));
 }
 
 // The whole header of checked factors.
@@ -34,7 +34,7 @@ Header plan(const lora_ortho_factors& f) {
     lora_ortho_isa isa = LORA_ORTHO_ISA_AUTO;
     const Kernels* kernels = find_kernels(f.isa, &isa);
     header.magic = Header::kMagic;
-    header.method = f.method;
+    header.draw = draw_of(f);
     header.dtype = f.dtype;
     header.isa = isa;
     header.adapters = f.adapters;
@@ -50,12 +50,12 @@ void write_header(const lora_ortho_factors& f, const Header& header, void* packe
     std::memcpy(packed, &header, sizeof header);
     auto* ranks = array_at<std::int64_t>(packed, header.ranks);
     auto* rank_begin = array_at<std::int64_t>(packed, header.rank_begin);
-    auto* thresholds = array_at<std::uint32_t>(packed, header.thresholds);
+    auto* intervals = array_at<Interval>(packed, header.intervals);
     rank_begin[0] = 0;
     for (std::int32_t j = 0; j < f.adapters; ++j) {
         ranks[j] = f.ranks[j];
         rank_begin[j + 1] = rank_begin[j] + f.ranks[j];
-        thresholds[j] = f.method == LORA_ORTHO_DIRECT ? LORA_ORTHO_DRAW_LIMIT : f.thresholds[j];
+        intervals[j] = interval_of(f, j);
     }
 }
 
@@ -65,7 +65,7 @@ Status open_packed(const void* packed, std::size_t bytes, const Header*& header,
     LORA_ORTHO_CHECK(check_pointer(packed, LORA_ORTHO_ALIGNMENT));
     if (bytes < sizeof(Header)) return LORA_ORTHO_BUFFER_TOO_SMALL;
     const auto* h = static_cast<const Header*>(packed);
-    if (h->magic != Header::kMagic || !is_method(h->method) || dtype_bytes(h->dtype) == 0 ||
+    if (h->magic != Header::kMagic || !is_draw(h->draw) || dtype_bytes(h->dtype) == 0 ||
         h->isa <= LORA_ORTHO_ISA_AUTO || h->isa > LORA_ORTHO_ISA_AMX || !is_adapters(h->adapters) ||
         h->d_in < 1 || h->d_out < 1 || h->rank_sum < h->adapters) {
         return LORA_ORTHO_BAD_PACKED;
@@ -74,7 +74,7 @@ Status open_packed(const void* packed, std::size_t bytes, const Header*& header,
     expected.adapters = h->adapters;
     lay_out(expected);
     if (h->ranks != expected.ranks || h->rank_begin != expected.rank_begin ||
-        h->thresholds != expected.thresholds || h->arrays_end != expected.arrays_end ||
+        h->intervals != expected.intervals || h->arrays_end != expected.arrays_end ||
         h->bytes < h->arrays_end) {
         return LORA_ORTHO_BAD_PACKED;
     }
@@ -105,14 +105,16 @@ Status check_call(const Header& header, const lora_ortho_call* call) {
     return LORA_ORTHO_OK;
 }
 
+// What the kernels read of a checked call.
+Call as_call(const lora_ortho_call& c) { return {place_of(c), c.gains, c.tokens, c.threads}; }
+
 // Gradients of no tokens at all.
-void zero_gradients(const Header& header, const FactorGradients& factors, double* grad_gains) {
-    const std::size_t size = dtype_bytes(factors.dtype) * static_cast<std::size_t>(header.rank_sum);
-    if (factors.grad_A)
-        std::memset(factors.grad_A, 0, size * static_cast<std::size_t>(header.d_in));
-    if (factors.grad_B)
-        std::memset(factors.grad_B, 0, size * static_cast<std::size_t>(header.d_out));
-    for (std::int32_t j = 0; grad_gains && j < header.adapters; ++j) grad_gains[j] = 0.0;
+void zero_gradients(const Header& header, const Gradients& out) {
+    const std::size_t size =
+        dtype_bytes(out.factor_dtype) * static_cast<std::size_t>(header.rank_sum);
+    if (out.grad_A) std::memset(out.grad_A, 0, size * static_cast<std::size_t>(header.d_in));
+    if (out.grad_B) std::memset(out.grad_B, 0, size * static_cast<std::size_t>(header.d_out));
+    for (std::int32_t j = 0; out.grad_gains && j < header.adapters; ++j) out.grad_gains[j] = 0.0;
 }
 
 }  // namespace
@@ -178,7 +180,7 @@ lora_ortho_status lora_ortho_forward(const void* packed, size_t packed_bytes,
         if (call->tokens == 0) return LORA_ORTHO_OK;
         LORA_ORTHO_CHECK(check_pointer(y, dtype_bytes(header->dtype)));
         LORA_ORTHO_CHECK(check_pointer(s, dtype_bytes(header->dtype)));
-        kernels->forward(packed, *call, *x, base, y, s);
+        kernels->forward(packed, as_call(*call), *x, base, y, s);
         return LORA_ORTHO_OK;
     });
 }
@@ -191,7 +193,7 @@ lora_ortho_status lora_ortho_backward_bytes(const void* packed, size_t packed_by
         LORA_ORTHO_CHECK(open_packed(packed, packed_bytes, header, kernels));
         LORA_ORTHO_CHECK(check_call(*header, call));
         LORA_ORTHO_CHECK(check_pointer(bytes, alignof(std::size_t)));
-        *bytes = call->tokens == 0 ? 0 : kernels->backward_bytes(*header, *call);
+        *bytes = call->tokens == 0 ? 0 : kernels->backward_bytes(packed, as_call(*call));
         return LORA_ORTHO_OK;
     });
 }
@@ -210,20 +212,20 @@ lora_ortho_status lora_ortho_backward(const void* packed, size_t packed_bytes,
         LORA_ORTHO_CHECK(check_operand(header->dtype, call->tokens, x, header->d_in));
         if (dtype_bytes(factor_dtype) == 0) return LORA_ORTHO_BAD_DTYPE;
         const std::size_t size = dtype_bytes(factor_dtype);
-        const FactorGradients factors{grad_A, grad_B, factor_dtype};
+        const Gradients out{grad_x, grad_A, grad_B, grad_gains, factor_dtype};
         if (!is_aligned(grad_x, dtype_bytes(header->dtype)) || !is_aligned(grad_A, size) ||
             !is_aligned(grad_B, size) || !is_aligned(grad_gains, alignof(double))) {
             return LORA_ORTHO_MISALIGNED;
         }
         if (call->tokens == 0) {
-            zero_gradients(*header, factors, grad_gains);
+            zero_gradients(*header, out);
             return LORA_ORTHO_OK;
         }
         LORA_ORTHO_CHECK(check_pointer(s, dtype_bytes(header->dtype)));
-        const std::size_t needed = kernels->backward_bytes(*header, *call);
+        const std::size_t needed = kernels->backward_bytes(packed, as_call(*call));
         if (needed > 0) LORA_ORTHO_CHECK(check_pointer(workspace, LORA_ORTHO_ALIGNMENT));
         if (workspace_bytes < needed) return LORA_ORTHO_BUFFER_TOO_SMALL;
-        kernels->backward(packed, *call, *grad, *x, s, grad_x, factors, grad_gains, workspace);
+        kernels->backward(packed, as_call(*call), *grad, *x, s, out, workspace);
         return LORA_ORTHO_OK;
     });
 }

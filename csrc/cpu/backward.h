@@ -6,14 +6,6 @@
 
 namespace lora_ortho::cpu::LORA_ORTHO_ISA {
 
-// Rows whose share of the gradient of the gains is added up together: the order of the sum must not
-// depend on the team.
-constexpr std::int64_t kGainRows = 64;
-// Rows and columns of x that one step of grad_A holds; fewer columns, in whole register tiles,
-// where the sums of many ranks would leave the cache.
-constexpr std::int64_t kGradARows = 128, kGradAColumnStep = 2 * kPanel;
-constexpr int kGradAColumns = 64;
-
 struct BackwardSizes {
     std::size_t grad_s, grad_gains, member;
     GradSGradBConfig grad_s_grad_B;
@@ -24,17 +16,8 @@ struct BackwardSizes {
     }
 };
 
-LORA_ORTHO_INLINE std::int64_t grad_A_width(const Header& h, std::size_t element) {
-    const std::int64_t row = h.rank_sum * static_cast<std::int64_t>(element);
-    const std::int64_t columns =
-        (std::int64_t{128} << 10) / row / kGradAColumnStep * kGradAColumnStep;
-    return columns < kGradAColumnStep ? kGradAColumnStep
-           : columns > kGradAColumns  ? kGradAColumns
-                                      : columns;
-}
-
 template <class C>
-BackwardSizes backward_sizes(const Header& h, const lora_ortho_call& call) {
+BackwardSizes backward_sizes(const Header& h, const Call& call) {
     auto align = [](std::size_t n) { return (n + 63) & ~std::size_t{63}; };
     const int threads = team_size(call.threads);
     const GradSGradBConfig config = grad_s_grad_B_config(h, sizeof(C), threads);
@@ -73,7 +56,7 @@ LORA_ORTHO_INLINE void scale_grad_s(const Layout& l, const double* gains, const 
     }
 }
 
-// The shares of all chunks, in their order.
+// The parts of all chunks, in their order.
 LORA_ORTHO_INLINE void sum_parts_of_grad_gains(const Layout& l, std::int64_t chunks,
                                                const double* sums, double* grad_gains) {
     for (int j = 0; j < l.h.adapters; ++j) {
@@ -93,7 +76,8 @@ void grad_x_rows(const Layout& l, const C* grad_s, std::int64_t row0, std::int64
         for (std::int64_t m = row0; m < row1; m += kRowBlock) {
             const int rows = static_cast<int>(row1 - m < kRowBlock ? row1 - m : kRowBlock);
             const Products<C> all{grad_s + m * l.h.padded_rank_sum, l.h.padded_rank_sum,
-                                  l.section<C>(3) + n / kPanel * panel, panel, l.h.rank_sum};
+                                  l.section<C>(kAColumns) + n / kPanel * panel, panel,
+                                  l.h.rank_sum};
             expand_all<C>(all, rows, cols, t);
             store_block<IO, C>(t.sums[0], kColumnBlock, nullptr, m, rows, n, cols, l.h.d_in,
                                grad_x);
@@ -106,15 +90,15 @@ void grad_x_rows(const Layout& l, const C* grad_s, std::int64_t row0, std::int64
 template <class IO, class C>
 void grad_A_columns(const Layout& l, const C* grad_s, View<IO> x, std::int64_t tokens,
                     std::int64_t col0, std::int64_t cols, std::int64_t width, C* block, C* sums,
-                    const FactorGradients& factors) {
-    constexpr int NP = Tile<C>::panels, NV = NP * kPanelVectors<C>;
+                    const Gradients& out) {
+    constexpr int NP = RegisterTile<C>::panels, NV = NP * kPanelVectors<C>;
     std::memset(sums, 0, static_cast<std::size_t>(l.h.rank_sum * width) * sizeof(C));
     for (std::int64_t m = 0; m < tokens; m += kGradARows) {
         const std::int64_t rows = tokens - m < kGradARows ? tokens - m : kGradARows;
         load_block(x, m, rows, col0, cols, width, block, width);
         for (std::int64_t r = 0; r < l.h.rank_sum; r += kRowBlock) {
             const std::int64_t left = l.h.rank_sum - r;
-            for_row_tiles<Tile<C>::rows>(
+            for_row_tiles<RegisterTile<C>::rows>(
                 static_cast<int>(left < kRowBlock ? left : kRowBlock),
                 [&](auto mr, int i) __attribute__((always_inline)) {
                     constexpr int MR = decltype(mr)::value;
@@ -136,15 +120,14 @@ void grad_A_columns(const Layout& l, const C* grad_s, View<IO> x, std::int64_t t
                 });
         }
     }
-    store_grad_A(l, sums, width, 0, l.h.rank_sum, col0, cols, factors);
+    store_grad_A(l, sums, width, 0, l.h.rank_sum, col0, cols, out);
 }
 
 template <class IO>
-void backward_float(const void* packed, const lora_ortho_call& call, const lora_ortho_matrix& grad,
-                    const lora_ortho_matrix& x, const void* s, void* grad_x,
-                    const FactorGradients& factors, double* grad_gains, void* workspace) {
+void backward_float(const Layout& l, const Call& call, const lora_ortho_matrix& grad,
+                    const lora_ortho_matrix& x, const void* s, const Gradients& out,
+                    void* workspace) {
     using C = typename ComputeOf<IO>::type;
-    const Layout l(packed);
     const BackwardSizes sizes = backward_sizes<C>(l.h, call);
     char* at = static_cast<char*>(workspace);
     C* grad_s = reinterpret_cast<C*>(at);
@@ -152,30 +135,30 @@ void backward_float(const void* packed, const lora_ortho_call& call, const lora_
     char* members = at + sizes.grad_s + sizes.grad_gains;
     const IO* s_in = static_cast<const IO*>(s);
     const std::int64_t chunks = ceil_div(call.tokens, kGainRows);
-    const Draw draw{call, l};
     run_team(sizes.threads, [&](const Team& team) {
         char* own = members + sizes.member * static_cast<std::size_t>(team.id);
-        grad_s_grad_B<IO, C>(draw, sizes.grad_s_grad_B, view_of<IO>(grad), s_in, grad_s, factors,
+        grad_s_grad_B<IO, C>(l, call, sizes.grad_s_grad_B, view_of<IO>(grad), s_in, grad_s, out,
                              team, *reinterpret_cast<GradSGradBScratch<C>*>(own));
         for (std::int64_t c = team.begin(chunks); c < team.end(chunks); ++c) {
             const std::int64_t row0 = c * kGainRows;
             const std::int64_t row1 =
                 row0 + kGainRows < call.tokens ? row0 + kGainRows : call.tokens;
             scale_grad_s<IO, C>(l, call.gains, s_in, row0, row1, grad_s, sums + c * l.h.adapters);
-            if (grad_x)
-                grad_x_rows<IO, C>(l, grad_s, row0, row1, static_cast<IO*>(grad_x),
+            if (out.grad_x)
+                grad_x_rows<IO, C>(l, grad_s, row0, row1, static_cast<IO*>(out.grad_x),
                                    *reinterpret_cast<ExpandScratch<C>*>(own));
         }
         team.barrier();
-        if (grad_gains && team.id == 0) sum_parts_of_grad_gains(l, chunks, sums, grad_gains);
+        if (out.grad_gains && team.id == 0)
+            sum_parts_of_grad_gains(l, chunks, sums, out.grad_gains);
         const std::int64_t width = sizes.width, stripes = ceil_div(l.h.d_in, width);
         C* block = reinterpret_cast<C*>(own + sizeof(ExpandScratch<C>));
-        if (factors.grad_A)
+        if (out.grad_A)
             for (std::int64_t p = team.begin(stripes); p < team.end(stripes); ++p) {
                 const std::int64_t left = l.h.d_in - p * width;
                 grad_A_columns<IO, C>(l, grad_s, view_of<IO>(x), call.tokens, p * width,
                                       left < width ? left : width, width, block,
-                                      block + kGradARows * width, factors);
+                                      block + kGradARows * width, out);
             }
     });
 }

@@ -1,39 +1,41 @@
 // The mask stream (MASK_STREAM.md) a row at a time: 16-bit draws of neighbouring columns.
 #pragma once
 
+#include "common/place.h"
+#include "cpu/launch_config.h"
 #include "cpu/simd.h"
-#include "lora_ortho/lora_ortho.h"
 #include "lora_ortho/mask_stream.h"
 
 namespace lora_ortho::cpu::LORA_ORTHO_ISA {
 
-// Columns of one vector of the generator, one 64-bit lane per group of eight; the most that a block
-// has; the slack that an unaligned column_offset and the last vector need.
+// Columns of one vector of the generator, one 64-bit lane per group of eight; the slack that an
+// unaligned column offset and the last vector need.
 constexpr int kDrawColumns = 8 * kLanes<std::uint64_t>;
-constexpr int kDrawBlock = 128;
 constexpr int kDrawSlack = kDrawColumns;
 
-// Philox4x32-7 for rows of one block of columns. The row enters as the second word of the counter
-// and meets the column, the first, in round 3: what rounds 1 to 3 make of the column alone is
-// computed once.
+// Philox4x32-7 for rows of one block of columns: where the kernels turn coordinates into draws. The
+// row enters as the second word of the counter and meets the column, the first, in round 3: what
+// rounds 1 to 3 make of the column alone is computed once.
 class BlockDraws {
     using U64 = Vec<std::uint64_t>;
 
 public:
-    // The block is `columns` <= kDrawBlock columns from `column` on.
-    BlockDraws(const lora_ortho_call& call, int lane_set, std::uint64_t column, int columns)
-        : skip_(static_cast<int>(column & 7)),
-          vectors_((columns + skip_ + kDrawColumns - 1) / kDrawColumns) {
-        std::uint32_t k0 = static_cast<std::uint32_t>(call.seed);
-        std::uint32_t k1 = static_cast<std::uint32_t>(call.seed >> 32);
+    // The block is `columns` <= kColumnBlock columns of the call from `col` on.
+    BlockDraws(const Place& place, int lane_set, std::int64_t col, int columns)
+        : row_offset_(place.row_offset) {
+        const std::uint64_t column = static_cast<std::uint64_t>(place.col_offset + col);
+        skip_ = static_cast<int>(column & 7);
+        vectors_ = (columns + skip_ + kDrawColumns - 1) / kDrawColumns;
+        std::uint32_t k0 = static_cast<std::uint32_t>(place.seed);
+        std::uint32_t k1 = static_cast<std::uint32_t>(place.seed >> 32);
         for (int i = 0; i < kRounds; ++i) {
             key0_[i] = k0;
             key1_[i] = k1;
             k0 += LORA_ORTHO_PHILOX_W0;
             k1 += LORA_ORTHO_PHILOX_W1;
         }
-        const std::uint64_t last = (call.sample << 8) | static_cast<std::uint32_t>(lane_set);
-        const std::uint64_t p1 = std::uint64_t{LORA_ORTHO_PHILOX_M1} * call.stream;
+        const std::uint64_t last = (place.sample << 8) | static_cast<std::uint32_t>(lane_set);
+        const std::uint64_t p1 = std::uint64_t{LORA_ORTHO_PHILOX_M1} * place.stream;
         row_key_ = (p1 >> 32) ^ key0_[0];
         U64 group = splat(column >> 3) + kLaneGroup;
         for (int v = 0; v < vectors_; ++v, group += splat<std::uint64_t>(2 * kBlocks)) {
@@ -47,13 +49,14 @@ public:
         }
     }
 
-    // Writes the draws of a row to `buffer`, aligned to a vector, of kDrawSlack more elements than
-    // the block has columns; returns where the block's first is.
-    LORA_ORTHO_INLINE const std::uint16_t* row(std::uint64_t row, std::uint16_t* buffer) const {
-        const std::uint64_t p0 = kM0 * (row ^ row_key_);  // both below 2^32
+    // Writes the draws of a row of the call to `buffer`, aligned to a vector, of kDrawSlack more
+    // elements than the block has columns; returns where the block's first is.
+    LORA_ORTHO_INLINE const std::uint16_t* row(std::int64_t row, std::uint16_t* buffer) const {
+        const std::uint64_t absolute = static_cast<std::uint64_t>(row_offset_ + row);
+        const std::uint64_t p0 = kM0 * (absolute ^ row_key_);  // both below 2^32
         const U64 high = splat(p0 >> 32), low = splat(p0 & kLow);
         for (int v = 0; v < vectors_; ++v)
-            finish(columns_[v], high, low, buffer + v * kDrawColumns);
+            late_rounds(columns_[v], high, low, buffer + v * kDrawColumns);
         return buffer + skip_;
     }
 
@@ -63,7 +66,7 @@ private:
     static constexpr std::uint64_t kM0 = LORA_ORTHO_PHILOX_M0, kM1 = LORA_ORTHO_PHILOX_M1;
     static constexpr std::uint64_t kLow = 0xffffffffu;
 
-    // Which group of columns each lane has, as finish() needs it.
+    // Which group of columns each lane has, as late_rounds() needs it.
 #if defined(__AVX512F__)
     static constexpr U64 kLaneGroup = {0, 4, 1, 5, 2, 6, 3, 7};
 #elif defined(__AVX2__)
@@ -79,8 +82,8 @@ private:
 
     // From round 3 on; high and low are the halves of the product of the row in round 2. The upper
     // halves of the words hold rubbish throughout.
-    LORA_ORTHO_INLINE void finish(const Column& column, U64 high, U64 low,
-                                  std::uint16_t* out) const {
+    LORA_ORTHO_INLINE void late_rounds(const Column& column, U64 high, U64 low,
+                                       std::uint16_t* out) const {
         U64 p1 = mul_wide(splat(kM1), column.c2 ^ high);
         U64 c0 = (p1 >> 32) ^ column.c1, c1 = p1;
         U64 c2 = column.after_c2 ^ low, c3 = column.after_c3;
@@ -115,9 +118,10 @@ private:
         return ((product >> 32) | (product << 32)) ^ ((word ^ splat(key)) & splat(kLow));
     }
 
-    Column columns_[kDrawBlock / kDrawColumns + 1];
+    Column columns_[kColumnBlock / kDrawColumns + 1];
     std::uint64_t key0_[kRounds], key1_[kRounds];
     std::uint64_t row_key_;
+    std::int64_t row_offset_;
     int skip_, vectors_;
 };
 

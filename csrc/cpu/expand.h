@@ -2,26 +2,11 @@
 #pragma once
 
 #include "cpu/draws.h"
-#include "cpu/packing.h"
-#include "cpu/parallel.h"
+#include "cpu/layout.h"
+#include "cpu/register_tile.h"
+#include "cpu/view.h"
 
 namespace lora_ortho::cpu::LORA_ORTHO_ISA {
-
-// One call's coordinates and gains.
-struct Draw {
-    const lora_ortho_call& call;
-    const Layout& l;
-
-    // Those of columns [col, col + columns).
-    BlockDraws block(int lane_set, std::int64_t col, int columns) const {
-        return {call, lane_set, static_cast<std::uint64_t>(call.col_offset + col), columns};
-    }
-    // The draws of `row`; returns where the first of them is.
-    const std::uint16_t* row(const BlockDraws& block, std::int64_t row,
-                             std::uint16_t* buffer) const {
-        return block.row(static_cast<std::uint64_t>(call.row_offset + row), buffer);
-    }
-};
 
 template <class C>
 struct ExpandScratch {
@@ -118,8 +103,8 @@ LORA_ORTHO_INLINE Vec<C> select_kept(const std::uint32_t* where, std::uint32_t l
 template <class C, Combine mode>
 LORA_ORTHO_INLINE void expand_products(const Products<C>& p, std::uint32_t last, int rows, int cols,
                                        ExpandScratch<C>& t) {
-    constexpr int NP = Tile<C>::panels, NV = NP * kPanelVectors<C>;
-    for_row_tiles<Tile<C>::rows>(rows, [&](auto mr, int i) __attribute__((always_inline)) {
+    constexpr int NP = RegisterTile<C>::panels, NV = NP * kPanelVectors<C>;
+    for_row_tiles<RegisterTile<C>::rows>(rows, [&](auto mr, int i) __attribute__((always_inline)) {
         constexpr int MR = decltype(mr)::value;
         for (int n = 0; n < cols; n += NP * kPanel) {
             Vec<C> acc[MR][NV] = {};
@@ -143,10 +128,9 @@ LORA_ORTHO_INLINE void expand_products(const Products<C>& p, std::uint32_t last,
     });
 }
 
-// sums = all products. The error of a long sum grows with its length, so it is taken in steps.
+// sums = all products, in steps of kSumStep ranks.
 template <class C>
 LORA_ORTHO_INLINE void expand_all(Products<C> p, int rows, int cols, ExpandScratch<C>& t) {
-    constexpr std::int64_t kSumStep = 64;
     const std::int64_t rank = p.rank;
     for (std::int64_t k = 0; k < rank; k += kSumStep, p.a += kSumStep, p.b += kSumStep * kPanel) {
         p.rank = rank - k < kSumStep ? rank - k : kSumStep;
@@ -157,14 +141,15 @@ LORA_ORTHO_INLINE void expand_all(Products<C> p, int rows, int cols, ExpandScrat
     }
 }
 
-// Orthogonal: the products of every adapter, from the last down, so that the first threshold above
-// the draw decides; the results stay in registers meanwhile. `all.rank` is the distance between
-// adapters.
+// Shared draws: the products of every adapter, from the last down, so that the lowest interval that
+// ends at the draw or above decides; the results stay in registers meanwhile. `all.rank` is the
+// distance between adapters.
 template <class C>
 LORA_ORTHO_INLINE void expand_owned(const Layout& l, const Products<C>& all, int rows, int cols,
                                     ExpandScratch<C>& t) {
-    constexpr int NP = Tile<C>::panels, NV = NP * kPanelVectors<C>;
-    for_row_tiles<Tile<C>::select_rows>(rows, [&](auto mr, int i) __attribute__((always_inline)) {
+    constexpr int NP = RegisterTile<C>::panels, NV = NP * kPanelVectors<C>;
+    for_row_tiles<RegisterTile<C>::select_rows>(rows, [&](auto mr,
+                                                          int i) __attribute__((always_inline)) {
         constexpr int MR = decltype(mr)::value;
         for (int n = 0; n < cols; n += NP * kPanel) {
             Vec<C> result[MR][NV] = {};
@@ -178,7 +163,7 @@ LORA_ORTHO_INLINE void expand_owned(const Layout& l, const Products<C>& all, int
 #pragma GCC unroll 16
                     for (int v = 0; v < NV; ++v)
                         result[m][v] = select_kept<C>(&t.wide[i + m][n + v * kLanes<C>],
-                                                      l.thresholds[j] - 1, acc[m][v], result[m][v]);
+                                                      l.intervals[j].last, acc[m][v], result[m][v]);
             }
 #pragma GCC unroll 16
             for (int m = 0; m < MR; ++m)
@@ -193,33 +178,33 @@ LORA_ORTHO_INLINE void widen(const std::uint16_t* draws, std::uint32_t* wide) {
 }
 
 template <class C>
-LORA_ORTHO_INLINE void draw_block(const Draw& draw, int lane_set, std::int64_t row0, int rows,
+LORA_ORTHO_INLINE void draw_block(const Place& place, int lane_set, std::int64_t row0, int rows,
                                   std::int64_t col0, ExpandScratch<C>& t) {
-    const BlockDraws block = draw.block(lane_set, col0, kColumnBlock);
-    for (int i = 0; i < rows; ++i) widen(draw.row(block, row0 + i, t.draws), t.wide[i]);
+    const BlockDraws block(place, lane_set, col0, kColumnBlock);
+    for (int i = 0; i < rows; ++i) widen(block.row(row0 + i, t.draws), t.wide[i]);
 }
 
 // One block of rows by kColumnBlock columns, all products.
 template <class C>
-LORA_ORTHO_INLINE void expand_dense(const Draw& draw, const C* scaled, std::int64_t row0, int rows,
-                                    std::int64_t col0, int cols, ExpandScratch<C>& t) {
-    const Layout& l = draw.l;
+LORA_ORTHO_INLINE void expand_dense(const Layout& l, const Place& place, const C* scaled,
+                                    std::int64_t row0, int rows, std::int64_t col0, int cols,
+                                    ExpandScratch<C>& t) {
     const std::ptrdiff_t b_panel = l.h.padded_rank_sum * kPanel;
-    Products<C> p{scaled, l.h.padded_rank_sum, l.section<C>(1) + col0 / kPanel * b_panel, b_panel,
-                  0};
-    if (l.h.method == LORA_ORTHO_DIRECT) {  // one product over all adapters; padding is zero
+    Products<C> p{scaled, l.h.padded_rank_sum, l.section<C>(kBPanels) + col0 / kPanel * b_panel,
+                  b_panel, 0};
+    if (l.h.draw == Draw::kNone) {  // one product over all adapters; padding is zero
         p.rank = l.h.padded_rank_sum;
         expand_all<C>(p, rows, cols, t);
-    } else if (l.h.method == LORA_ORTHO_ORTHOGONAL) {
-        draw_block(draw, 0, row0, rows, col0, t);
+    } else if (l.h.draw == Draw::kShared) {
+        draw_block(place, 0, row0, rows, col0, t);
         p.rank = l.padded;
         expand_owned<C>(l, p, rows, cols, t);
     } else {
         std::memset(t.sums, 0, sizeof t.sums);
         for (int j = 0; j < l.h.adapters; ++j, p.a += l.padded, p.b += l.padded * kPanel) {
-            draw_block(draw, j, row0, rows, col0, t);
+            draw_block(place, j, row0, rows, col0, t);
             p.rank = l.ranks[j];
-            expand_products<C, Combine::kAddKept>(p, l.thresholds[j] - 1, rows, cols, t);
+            expand_products<C, Combine::kAddKept>(p, l.intervals[j].last, rows, cols, t);
         }
     }
 }

@@ -60,24 +60,24 @@ LORA_ORTHO_INLINE void owner_offsets(const Layout& l, const std::uint16_t* draws
     for (int n = 0; n < kColumnBlock; n += W) {
         const Vec<std::uint16_t> u = load(draws + n);
         Vec<std::uint16_t> at{};
-        for (int j = 0; j + 1 < l.h.adapters; ++j)
-            at += u >= splat(static_cast<std::uint16_t>(l.thresholds[j])) ? step
-                                                                          : Vec<std::uint16_t>{};
+        for (int j = 1; j < l.h.adapters; ++j)
+            at += u >= splat(static_cast<std::uint16_t>(l.intervals[j].first))
+                      ? step
+                      : Vec<std::uint16_t>{};
         store(offsets + n, at);
     }
 }
 
 template <class C, int chunks>
-LORA_ORTHO_INLINE void expand_owner_rows(const Draw& draw, const C* scaled, std::int64_t row0,
-                                         int rows, std::int64_t col0, int cols,
+LORA_ORTHO_INLINE void expand_owner_rows(const Layout& l, const Place& place, const C* scaled,
+                                         std::int64_t row0, int rows, std::int64_t col0, int cols,
                                          ExpandScratch<C>& t) {
-    const Layout& l = draw.l;
-    const BlockDraws block = draw.block(0, col0, kColumnBlock);
-    const C* b = l.section<C>(2) + col0 * l.h.padded_rank_sum;
-    const std::uint32_t nobody = l.thresholds[l.h.adapters - 1];
+    const BlockDraws block(place, 0, col0, kColumnBlock);
+    const C* b = l.section<C>(kBRows) + col0 * l.h.padded_rank_sum;
+    const std::uint32_t last = l.intervals[l.h.adapters - 1].last;  // above it: nobody's
     auto* offsets = reinterpret_cast<std::uint16_t*>(t.wide[0]);
     for (int i = 0; i < rows; ++i) {
-        const std::uint16_t* u = draw.row(block, row0 + i, t.draws);
+        const std::uint16_t* u = block.row(row0 + i, t.draws);
         owner_offsets(l, u, offsets);
         const C* s = scaled + i * l.h.padded_rank_sum;
         int n = 0;
@@ -92,19 +92,20 @@ LORA_ORTHO_INLINE void expand_owner_rows(const Draw& draw, const C* scaled, std:
             for (std::int64_t k = 0; k < l.padded; ++k) sum += s[offsets[n] + k] * bn[k];
             t.sums[i][n] = sum;
         }
-        if (nobody <= 0xffff)
-            for (n = 0; n < cols; ++n) t.sums[i][n] = u[n] < nobody ? t.sums[i][n] : C{0};
+        if (last < 0xffff)
+            for (n = 0; n < cols; ++n) t.sums[i][n] = u[n] <= last ? t.sums[i][n] : C{0};
     }
 }
 
 template <class C>
-LORA_ORTHO_INLINE void expand_owner(const Draw& draw, const C* scaled, std::int64_t row0, int rows,
-                                    std::int64_t col0, int cols, ExpandScratch<C>& t) {
-    switch (draw.l.padded / kLanes<C>) {
-        case 1: return expand_owner_rows<C, 1>(draw, scaled, row0, rows, col0, cols, t);
-        case 2: return expand_owner_rows<C, 2>(draw, scaled, row0, rows, col0, cols, t);
-        case 4: return expand_owner_rows<C, 4>(draw, scaled, row0, rows, col0, cols, t);
-        default: return expand_owner_rows<C, 0>(draw, scaled, row0, rows, col0, cols, t);
+LORA_ORTHO_INLINE void expand_owner(const Layout& l, const Place& place, const C* scaled,
+                                    std::int64_t row0, int rows, std::int64_t col0, int cols,
+                                    ExpandScratch<C>& t) {
+    switch (l.padded / kLanes<C>) {
+        case 1: return expand_owner_rows<C, 1>(l, place, scaled, row0, rows, col0, cols, t);
+        case 2: return expand_owner_rows<C, 2>(l, place, scaled, row0, rows, col0, cols, t);
+        case 4: return expand_owner_rows<C, 4>(l, place, scaled, row0, rows, col0, cols, t);
+        default: return expand_owner_rows<C, 0>(l, place, scaled, row0, rows, col0, cols, t);
     }
 }
 

@@ -2,7 +2,8 @@
 // blocks, grad_A_j (r_j, d_in) and grad_B_j (d_out, r_j), in the dtype asked for.
 #pragma once
 
-#include "cpu/packing.h"
+#include "cpu/layout.h"
+#include "cpu/view.h"
 
 namespace lora_ortho::cpu::LORA_ORTHO_ISA {
 
@@ -15,8 +16,8 @@ LORA_ORTHO_INLINE void store_rounded(C value, T* out) {
 template <class C>
 LORA_ORTHO_INLINE void store_grad_A(const Layout& l, const C* sums, std::ptrdiff_t pitch,
                                     std::int64_t rank0, std::int64_t ranks, std::int64_t col0,
-                                    std::int64_t cols, const FactorGradients& out) {
-    with_storage(out.dtype, [&](auto storage) __attribute__((always_inline)) {
+                                    std::int64_t cols, const Gradients& out) {
+    with_storage(out.factor_dtype, [&](auto storage) __attribute__((always_inline)) {
         using T = decltype(storage);
         for (std::int64_t r = 0; r < ranks; ++r) {
             const C* from = sums + r * pitch;
@@ -34,8 +35,8 @@ LORA_ORTHO_INLINE void store_grad_A(const Layout& l, const C* sums, std::ptrdiff
 template <class C>
 LORA_ORTHO_INLINE void store_grad_B(const Layout& l, const double* gains, const C* grad_B,
                                     std::int64_t padded, std::ptrdiff_t column, std::ptrdiff_t rank,
-                                    std::int64_t col0, int cols, const FactorGradients& out) {
-    with_storage(out.dtype, [&](auto storage) __attribute__((always_inline)) {
+                                    std::int64_t col0, int cols, const Gradients& out) {
+    with_storage(out.factor_dtype, [&](auto storage) __attribute__((always_inline)) {
         using T = decltype(storage);
         for (int j = 0; j < l.h.adapters; ++j) {
             const C gain = static_cast<C>(gains[j]);

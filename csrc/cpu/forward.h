@@ -7,13 +7,12 @@
 
 namespace lora_ortho::cpu::LORA_ORTHO_ISA {
 
-// Walks a chunk block by block: along the rows, so that base and y stream, within as many columns
-// as leave their factors (column_bytes each) in the cache.
+// Walks a chunk block by block: along the rows, so that base and y stream, within a segment of the
+// columns, whose factors are column_bytes each.
 template <class Body>
 LORA_ORTHO_INLINE void for_blocks(std::int64_t rows, std::int64_t cols, int block_rows,
                                   int block_cols, std::int64_t column_bytes, Body body) {
-    const std::int64_t fit = (std::int64_t{512} << 10) / column_bytes / block_cols * block_cols;
-    const std::int64_t segment = fit < block_cols ? block_cols : fit;
+    const std::int64_t segment = columns_per_segment(column_bytes, block_cols);
     for (std::int64_t begin = 0; begin < cols; begin += segment) {
         const std::int64_t end = begin + segment < cols ? begin + segment : cols;
         for (std::int64_t i = 0; i < rows; i += block_rows)
@@ -25,32 +24,30 @@ LORA_ORTHO_INLINE void for_blocks(std::int64_t rows, std::int64_t cols, int bloc
 
 // Expand of rows [row0, row0 + rows) and columns [col0, col0 + cols).
 template <class IO, class C>
-void expand_chunk(const Draw& draw, const IO* s, const View<IO>* base, std::int64_t row0,
-                  std::int64_t rows, std::int64_t col0, std::int64_t cols, IO* y,
+void expand_chunk(const Layout& l, const Call& call, const IO* s, const View<IO>* base,
+                  std::int64_t row0, std::int64_t rows, std::int64_t col0, std::int64_t cols, IO* y,
                   ExpandScratch<C>& t, C* scaled) {
-    const Layout& l = draw.l;
-    scale_rows(l, draw.call.gains, s, row0, rows, scaled);
+    scale_rows(l, call.gains, s, row0, rows, scaled);
     for_blocks(rows, cols, kRowBlock, kColumnBlock,
                l.h.padded_rank_sum * static_cast<std::int64_t>(sizeof(C)),
                [&](std::int64_t i, int height, std::int64_t n, int width) {
                    const C* block = scaled + i * l.h.padded_rank_sum;
                    if ((l.h.path & kExpandMask) == kExpandOwner)
-                       expand_owner<C>(draw, block, row0 + i, height, col0 + n, width, t);
+                       expand_owner<C>(l, call.place, block, row0 + i, height, col0 + n, width, t);
                    else
-                       expand_dense<C>(draw, block, row0 + i, height, col0 + n, width, t);
+                       expand_dense<C>(l, call.place, block, row0 + i, height, col0 + n, width, t);
                    store_block<IO, C>(t.sums[0], kColumnBlock, base, row0 + i, height, col0 + n,
                                       width, l.h.d_out, y);
                });
 }
 
-// Deals out the output in chunks of rows by as few stripes of columns as keep the team busy.
+// Deals out the output in chunks of rows by stripes of columns.
 template <class Body>
 LORA_ORTHO_INLINE void for_chunks(const Team& team, std::int64_t tokens, std::int64_t d_out,
                                   std::int64_t chunk, Body body) {
-    const std::int64_t row_pieces = ceil_div(tokens, chunk), blocks = ceil_div(d_out, kColumnBlock);
-    std::int64_t stripes = ceil_div(4 * team.size, row_pieces);
-    stripes = stripes > blocks ? blocks : row_pieces >= 4 * team.size ? 1 : stripes;
-    const std::int64_t pieces = row_pieces * stripes;
+    const std::int64_t chunks = ceil_div(tokens, chunk), blocks = ceil_div(d_out, kColumnBlock);
+    const std::int64_t stripes = column_stripes(chunks, blocks, team.size);
+    const std::int64_t pieces = chunks * stripes;
     for (std::int64_t p = team.begin(pieces); p < team.end(pieces); ++p) {
         const std::int64_t row0 = p / stripes * chunk, stripe = p % stripes;
         const std::int64_t col0 = blocks * stripe / stripes * kColumnBlock;
@@ -65,53 +62,51 @@ template <class IO>
 struct Shrink {
     using C = typename ComputeOf<IO>::type;
 
-    Shrink(const Layout& layout, std::int64_t tokens)
-        : l(layout), tiles(shrinks_on_tiles<IO>(l.h, tokens)), config(shrink_config(l, tokens)) {
+    Shrink(const CallLayout& layout, std::int64_t tokens)
+        : l(layout), tiles(shrinks_on_tiles<IO>(l.h, tokens)), config(shrink_config(l.h, tokens)) {
         std::int64_t block = kRowBlock * config.step * static_cast<std::int64_t>(sizeof(C));
 #if defined(__AMX_BF16__)
         if constexpr (kTiled<IO>)
             if (tiles) {
-                config = tile_shrink_config<kPlanes<IO>>(l, tokens);
+                config = tile_shrink_config<kPlanes<IO>>(l.h, tokens);
                 block = kTileBlock * left_pitch(config.step) * 2 * kPlanes<IO>;
             }
 #endif
         sum_bytes = static_cast<std::size_t>(config.sum_elements()) * sizeof(C);
         member_bytes = sum_bytes + static_cast<std::size_t>(block);
-        shared_bytes = static_cast<std::size_t>(config.partial_elements()) * sizeof(C);
+        shared_bytes = static_cast<std::size_t>(config.all_part_elements()) * sizeof(C);
     }
 
     // Writes s. `own` is this member's memory, `shared` the team's. Ends with a barrier.
     void run(View<IO> x, IO* s, const Team& team, char* own, char* shared) const {
-        C *sums = reinterpret_cast<C*>(own), *partials = reinterpret_cast<C*>(shared);
+        C *sums = reinterpret_cast<C*>(own), *parts = reinterpret_cast<C*>(shared);
         void* block = own + sum_bytes;
 #if defined(__AMX_BF16__)
         if constexpr (kTiled<IO>)
-            if (tiles) return shrink_tiles<IO>(l, config, x, s, team, sums, partials, block);
+            if (tiles) return shrink_tiles<IO>(l, config, x, s, team, sums, parts, block);
 #endif
         shrink<IO, C>(
-            l, config, s, team, sums, partials,
+            l, config, s, team, sums, parts,
             [&](std::int64_t row0, int rows, std::int64_t k0, std::int64_t steps, bool add, C* to) {
                 shrink_step<IO, C>(l, x, row0, rows, k0, steps, add, to, static_cast<C*>(block));
             });
     }
 
-    const Layout& l;
+    const CallLayout& l;
     bool tiles;
     ShrinkConfig config;
     std::size_t sum_bytes, member_bytes, shared_bytes;
 };
 
 template <class IO>
-void forward_float(const void* packed, const lora_ortho_call& call, const lora_ortho_matrix& x,
+void forward_float(const CallLayout& l, const Call& call, const lora_ortho_matrix& x,
                    const lora_ortho_matrix* base, void* y, void* s) {
     using C = typename ComputeOf<IO>::type;
-    const Layout l(packed);
     const int threads = team_size(call.threads);
     const Shrink<IO> first(l, call.tokens);
     const std::size_t expand = expand_scratch<C>(l);
     const Scratch scratch(first.member_bytes > expand ? first.member_bytes : expand, threads);
     const Scratch shared(first.shared_bytes, 1);
-    const Draw draw{call, l};
     const View<IO> base_view = base ? view_of<IO>(*base) : View<IO>{};
     IO* s_out = static_cast<IO*>(s);
     run_team(threads, [&](const Team& team) {
@@ -122,7 +117,7 @@ void forward_float(const void* packed, const lora_ortho_call& call, const lora_o
             rows_per_chunk(l.h.padded_rank_sum * static_cast<std::int64_t>(sizeof(C)));
         for_chunks(team, call.tokens, l.h.d_out, chunk,
                    [&](std::int64_t row0, std::int64_t rows, std::int64_t col0, std::int64_t cols) {
-                       expand_chunk<IO, C>(draw, s_out, base ? &base_view : nullptr, row0, rows,
+                       expand_chunk<IO, C>(l, call, s_out, base ? &base_view : nullptr, row0, rows,
                                            col0, cols, static_cast<IO*>(y), t, scaled);
                    });
     });

@@ -1,28 +1,14 @@
 // grad_s and grad_B in one pass over grad, the masks drawn again:
 //   grad_s_j[m] = sum_n g[m][n] m_j[m][n] B_j[n],   grad_B_j[n] = sum_m g[m][n] m_j[m][n] s_j[m].
-// An element touches only the vectors of the adapters that kept it, so the cost of the orthogonal
-// method does not grow with K.
+// An element touches only the vectors of the adapters that have it, so with shared draws the cost
+// does not grow with K.
 #pragma once
 
 #include "cpu/expand.h"
 #include "cpu/factor_gradients.h"
+#include "cpu/parallel.h"
 
 namespace lora_ortho::cpu::LORA_ORTHO_ISA {
-
-// Columns of a block: its grad_B (columns, K * padded) stays in the cache.
-struct GradSGradBConfig {
-    std::int64_t columns, blocks;
-};
-LORA_ORTHO_INLINE GradSGradBConfig grad_s_grad_B_config(const Header& h, std::size_t element,
-                                                        int threads) {
-    const std::int64_t row = h.padded_rank_sum * static_cast<std::int64_t>(element);
-    std::int64_t columns = (std::int64_t{128} << 10) / row / kPanel * kPanel;
-    columns = columns < kPanel ? kPanel : columns > kColumnBlock ? kColumnBlock : columns;
-    // As many blocks as a multiple of the team, so that nobody waits.
-    const std::int64_t blocks = round_up(ceil_div(h.d_out, columns), threads);
-    columns = round_up(ceil_div(h.d_out, blocks), kPanel);
-    return {columns, ceil_div(h.d_out, columns)};
-}
 
 template <class C>
 struct GradSGradBScratch {
@@ -41,20 +27,23 @@ std::size_t grad_s_grad_B_scratch(const Header& h, std::int64_t columns) {
            static_cast<std::size_t>((columns + 1) * h.padded_rank_sum) * sizeof(C);
 }
 
-// Lists of the columns that each adapter keeps in one row.
+// Lists of the columns that each adapter has in one row, of shared draws.
 LORA_ORTHO_INLINE void list_owned(const Layout& l, const std::uint16_t* draws, int cols,
                                   std::uint16_t* owner, std::uint16_t* lists,
                                   std::uint16_t* count) {
     constexpr int W = kLanes<std::uint16_t>;
+    const auto one = splat<std::uint16_t>(1);
     const int K = l.h.adapters;
+    const std::uint32_t last = l.intervals[K - 1].last;  // above it: nobody's
     for (int n = 0; n < cols; n += W) {
         const Vec<std::uint16_t> u = load(draws + n);
         Vec<std::uint16_t> at{};
-        for (int j = 0; j < K; ++j)
-            if (l.thresholds[j] <= 0xffff)
-                at += u >= splat(static_cast<std::uint16_t>(l.thresholds[j]))
-                          ? splat<std::uint16_t>(1)
-                          : Vec<std::uint16_t>{};
+        for (int j = 1; j < K; ++j)
+            at += u >= splat(static_cast<std::uint16_t>(l.intervals[j].first))
+                      ? one
+                      : Vec<std::uint16_t>{};
+        if (last < 0xffff)
+            at += u > splat(static_cast<std::uint16_t>(last)) ? one : Vec<std::uint16_t>{};
         store(owner + n, at);
     }
     for (int j = 0; j <= K; ++j) count[j] = 0;
@@ -65,12 +54,14 @@ LORA_ORTHO_INLINE void list_owned(const Layout& l, const std::uint16_t* draws, i
         ++count[j];
     }
 }
-LORA_ORTHO_INLINE void list_kept(std::uint32_t threshold, const std::uint16_t* draws, int cols,
+
+// The list of an adapter with draws of its own, which has an element up to `last`.
+LORA_ORTHO_INLINE void list_kept(std::uint32_t last, const std::uint16_t* draws, int cols,
                                  std::uint16_t* list, std::uint16_t* count) {
     unsigned kept = 0;
     for (int n = 0; n < cols; ++n) {
         list[kept] = static_cast<std::uint16_t>(n);
-        kept += draws[n] < threshold;
+        kept += draws[n] <= last;
     }
     *count = static_cast<std::uint16_t>(kept);
 }
@@ -90,11 +81,11 @@ LORA_ORTHO_INLINE void grad_s_grad_B_list(const std::uint16_t* list, int count, 
         const std::ptrdiff_t n = list[at];
         const Vec<C> g = splat(grad[n]);
         const C* bn = b + n * pitch;
-        C* column = grad_B + n * pitch;
+        C* to = grad_B + n * pitch;
 #pragma GCC unroll 4
         for (int v = 0; v < V; ++v) {
             acc[v] += g * load(bn + v * kLanes<C>);
-            store(column + v * kLanes<C>, load(column + v * kLanes<C>) + g * sv[v]);
+            store(to + v * kLanes<C>, load(to + v * kLanes<C>) + g * sv[v]);
         }
     };
     int at = 0;
@@ -123,27 +114,26 @@ LORA_ORTHO_INLINE void grad_s_grad_B_adapter(const std::uint16_t* list, int coun
 // One block of columns over rows [row0, row1): adds to grad_s (tokens, K * padded) and to the
 // block's grad_B.
 template <class IO, class C>
-void grad_s_grad_B_block(const Draw& draw, View<IO> grad, const IO* s, std::int64_t row0,
-                         std::int64_t row1, std::int64_t col0, int cols, C* grad_s, C* grad_B,
-                         GradSGradBScratch<C>& t) {
-    const Layout& l = draw.l;
+void grad_s_grad_B_block(const Layout& l, const Place& place, View<IO> grad, const IO* s,
+                         std::int64_t row0, std::int64_t row1, std::int64_t col0, int cols,
+                         C* grad_s, C* grad_B, GradSGradBScratch<C>& t) {
     const int K = l.h.adapters;
     const std::ptrdiff_t pitch = l.h.padded_rank_sum;
-    const C* b = l.section<C>(2) + col0 * pitch;
+    const C* b = l.section<C>(kBRows) + col0 * pitch;
     C* s_row = t.s(K);
-    const BlockDraws shared = draw.block(0, col0, kColumnBlock);
+    const BlockDraws shared(place, 0, col0, kColumnBlock);
     for (std::int64_t m = row0; m < row1; ++m) {
         load_block(grad, m, 1, col0, cols, cols, t.grad, 0);
         pad_row(l, s + m * l.h.rank_sum, s_row);
-        if (l.h.method == LORA_ORTHO_ORTHOGONAL)
-            list_owned(l, draw.row(shared, m, t.draws), cols, t.owner, t.lists(), t.count);
+        if (l.h.draw == Draw::kShared)
+            list_owned(l, shared.row(m, t.draws), cols, t.owner, t.lists(), t.count);
         for (int j = 0; j < K; ++j) {
             const std::uint16_t* list = t.lists() + j * kColumnBlock;
-            if (l.h.method == LORA_ORTHO_DROPOUT) {
-                const BlockDraws own = draw.block(j, col0, kColumnBlock);
-                list_kept(l.thresholds[j], draw.row(own, m, t.draws), cols,
+            if (l.h.draw == Draw::kOwn) {
+                const BlockDraws own(place, j, col0, kColumnBlock);
+                list_kept(l.intervals[j].last, own.row(m, t.draws), cols,
                           t.lists() + j * kColumnBlock, &t.count[j]);
-            } else if (l.h.method == LORA_ORTHO_DIRECT && m == row0) {
+            } else if (l.h.draw == Draw::kNone && m == row0) {
                 for (int n = 0; n < cols; ++n)
                     t.lists()[j * kColumnBlock + n] = static_cast<std::uint16_t>(n);
                 t.count[j] = static_cast<std::uint16_t>(cols);
@@ -159,11 +149,10 @@ void grad_s_grad_B_block(const Draw& draw, View<IO> grad, const IO* s, std::int6
 // its own on, so that no two members ever touch the same rows of grad_s or columns of grad_B: one
 // pass over grad, no partial sums, a fixed order. Ends with a barrier.
 template <class IO, class C>
-void grad_s_grad_B(const Draw& draw, const GradSGradBConfig& config, View<IO> grad, const IO* s,
-                   C* grad_s, const FactorGradients& factors, const Team& team,
+void grad_s_grad_B(const Layout& l, const Call& call, const GradSGradBConfig& config, View<IO> grad,
+                   const IO* s, C* grad_s, const Gradients& out, const Team& team,
                    GradSGradBScratch<C>& t) {
-    const Layout& l = draw.l;
-    const std::int64_t tokens = draw.call.tokens, pitch = l.h.padded_rank_sum;
+    const std::int64_t tokens = call.tokens, pitch = l.h.padded_rank_sum;
     C* grad_B = t.s(l.h.adapters) + pitch;
     for (std::int64_t m = team.begin(tokens); m < team.end(tokens); ++m)
         for (std::int64_t r = 0; r < pitch; ++r) grad_s[m * pitch + r] = 0;
@@ -178,12 +167,12 @@ void grad_s_grad_B(const Draw& draw, const GradSGradBConfig& config, View<IO> gr
         for (int phase = 0; phase < team.size; ++phase) {
             const Team stripe{(team.id + phase) % team.size, team.size};
             if (busy)
-                grad_s_grad_B_block<IO, C>(draw, grad, s, stripe.begin(tokens), stripe.end(tokens),
-                                           col0, cols, grad_s, grad_B, t);
+                grad_s_grad_B_block<IO, C>(l, call.place, grad, s, stripe.begin(tokens),
+                                           stripe.end(tokens), col0, cols, grad_s, grad_B, t);
             team.barrier();
         }
-        if (busy && factors.grad_B)
-            store_grad_B(l, draw.call.gains, grad_B, l.padded, pitch, 1, col0, cols, factors);
+        if (busy && out.grad_B)
+            store_grad_B(l, call.gains, grad_B, l.padded, pitch, 1, col0, cols, out);
     }
 }
 

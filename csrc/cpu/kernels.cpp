@@ -2,8 +2,10 @@
 #include "cpu/kernels.h"
 
 #include "cpu/amx_backward.h"
+#include "cpu/amx_packing.h"
 #include "cpu/backward.h"
 #include "cpu/forward.h"
+#include "cpu/packing.h"
 
 #define LORA_ORTHO_JOIN2(a, b) a##b
 #define LORA_ORTHO_JOIN(a, b) LORA_ORTHO_JOIN2(a, b)
@@ -21,61 +23,57 @@ void plan(Header& h, const std::int64_t* ranks) {
 #if defined(__AMX_BF16__)
     h.dtype == LORA_ORTHO_BFLOAT16 ? plan_tiles<1>(h) : plan_tiles<3>(h);
 #else
-    place_sections(h, 4, {0, 0, 0, 0});
+    place_sections(h, kATiles, {0, 0, 0, 0});
 #endif
 }
 
 void pack(const lora_ortho_factors& f, void* packed) {
-    const Header& h = *static_cast<const Header*>(packed);
-    std::memset(static_cast<char*>(packed) + h.section[4], 0, h.bytes - h.section[4]);
-    run_team(pack_threads(h), [&](const Team& team) {
-        f.dtype == LORA_ORTHO_FLOAT64 ? pack_float<double>(f, packed, team)
-                                      : pack_float<float>(f, packed, team);
+    const CallLayout l(packed);
+    const Header& h = l.h;
+    std::memset(static_cast<char*>(packed) + h.section[kATiles], 0, h.bytes - h.section[kATiles]);
+    run_team(packs_in_team(h) ? team_size(0) : 1, [&](const Team& team) {
+        f.dtype == LORA_ORTHO_FLOAT64 ? pack_float<double>(f, l, packed, team)
+                                      : pack_float<float>(f, l, packed, team);
 #if defined(__AMX_BF16__)
-        f.dtype == LORA_ORTHO_BFLOAT16 ? pack_tiles<1>(f, packed, team)
-                                       : pack_tiles<3>(f, packed, team);
+        f.dtype == LORA_ORTHO_BFLOAT16 ? pack_tiles<1>(f, l, packed, team)
+                                       : pack_tiles<3>(f, l, packed, team);
 #endif
     });
 }
 
-void forward(const void* packed, const lora_ortho_call& call, const lora_ortho_matrix& x,
+void forward(const void* packed, const Call& call, const lora_ortho_matrix& x,
              const lora_ortho_matrix* base, void* y, void* s) {
-    const Header& h = *static_cast<const Header*>(packed);
+    const CallLayout l(packed);
 #if defined(__AMX_BF16__)
-    if ((h.path & kExpandMask) == kExpandTiles)
-        return forward_tiles<bfloat16>(packed, call, x, base, y, s);
+    if ((l.h.path & kExpandMask) == kExpandTiles)
+        return forward_tiles<bfloat16>(l, call, x, base, y, s);
 #endif
-    with_storage(h.dtype, [&](auto storage) {
-        forward_float<decltype(storage)>(packed, call, x, base, y, s);
-    });
+    with_storage(l.h.dtype,
+                 [&](auto storage) { forward_float<decltype(storage)>(l, call, x, base, y, s); });
 }
 
-std::size_t backward_bytes(const Header& h, const lora_ortho_call& call) {
+std::size_t backward_bytes(const void* packed, const Call& call) {
+    const CallLayout l(packed);
 #if defined(__AMX_BF16__)
-    if (backward_on_tiles(h, call.tokens))
-        return h.dtype == LORA_ORTHO_BFLOAT16
-                   ? TileBackwardSizes<1>(TileLayout(&h, 1), call).total()
-                   : TileBackwardSizes<3>(TileLayout(&h, 3), call).total();
+    if (backward_on_tiles(l.h, call.tokens))
+        return l.h.dtype == LORA_ORTHO_BFLOAT16 ? TileBackwardSizes<1>(l, call).total()
+                                                : TileBackwardSizes<3>(l, call).total();
 #endif
-    return h.dtype == LORA_ORTHO_FLOAT64 ? backward_sizes<double>(h, call).total()
-                                         : backward_sizes<float>(h, call).total();
+    return l.h.dtype == LORA_ORTHO_FLOAT64 ? backward_sizes<double>(l.h, call).total()
+                                           : backward_sizes<float>(l.h, call).total();
 }
 
-void backward(const void* packed, const lora_ortho_call& call, const lora_ortho_matrix& grad,
-              const lora_ortho_matrix& x, const void* s, void* grad_x,
-              const FactorGradients& factors, double* grad_gains, void* workspace) {
+void backward(const void* packed, const Call& call, const lora_ortho_matrix& grad,
+              const lora_ortho_matrix& x, const void* s, const Gradients& out, void* workspace) {
+    const CallLayout l(packed);
 #if defined(__AMX_BF16__)
-    const Header& h = *static_cast<const Header*>(packed);
-    if (backward_on_tiles(h, call.tokens))
-        return h.dtype == LORA_ORTHO_BFLOAT16
-                   ? backward_tiles<bfloat16>(packed, call, grad, x, s, grad_x, factors, grad_gains,
-                                              workspace)
-                   : backward_tiles<float>(packed, call, grad, x, s, grad_x, factors, grad_gains,
-                                           workspace);
+    if (backward_on_tiles(l.h, call.tokens))
+        return l.h.dtype == LORA_ORTHO_BFLOAT16
+                   ? backward_tiles<bfloat16>(l, call, grad, x, s, out, workspace)
+                   : backward_tiles<float>(l, call, grad, x, s, out, workspace);
 #endif
-    with_storage(static_cast<const Header*>(packed)->dtype, [&](auto storage) {
-        backward_float<decltype(storage)>(packed, call, grad, x, s, grad_x, factors, grad_gains,
-                                          workspace);
+    with_storage(l.h.dtype, [&](auto storage) {
+        backward_float<decltype(storage)>(l, call, grad, x, s, out, workspace);
     });
 }
 

@@ -1,72 +1,11 @@
-// Packed factors of the float kernels, in the compute type C; sections that the path does not need
-// are empty:
-//   section 0  A by panels   [ceil(rank_sum / kPanel)][d_in][kPanel]      shrink
-//   section 1  B by panels   [d_out padded / kPanel][K * padded][kPanel]  expand, dense
-//   section 2  B by rows     [d_out][K * padded]                          expand, owner; backward
-//   section 3  A by columns  [d_in padded / kPanel][rank_sum][kPanel]     backward, grad_x
-// padded is launch_config.h's padded_rank; what is padded holds zeros.
+// Writes the packed factors of the float kernels (layout.h).
 #pragma once
 
-#include "cpu/launch_config.h"
+#include "cpu/layout.h"
 #include "cpu/parallel.h"
+#include "cpu/view.h"
 
 namespace lora_ortho::cpu::LORA_ORTHO_ISA {
-
-constexpr int kColumnPad = 64;  // sections 1 and 3: a whole number of the widest tiles
-
-struct Layout {
-    explicit Layout(const void* packed)
-        : h(*static_cast<const Header*>(packed)),
-          base(static_cast<const char*>(packed)),
-          ranks(array_at<std::int64_t>(packed, h.ranks)),
-          rank_begin(array_at<std::int64_t>(packed, h.rank_begin)),
-          thresholds(array_at<std::uint32_t>(packed, h.thresholds)),
-          padded(h.padded_rank_sum / h.adapters),
-          panels(ceil_div(h.rank_sum, kPanel)) {}
-
-    template <class T>
-    const T* section(int i) const {
-        return reinterpret_cast<const T*>(base + h.section[i]);
-    }
-
-    const Header& h;
-    const char* base;
-    const std::int64_t* ranks;
-    const std::int64_t* rank_begin;
-    const std::uint32_t* thresholds;
-    std::int64_t padded;  // rank of every adapter after padding
-    std::int64_t panels;  // of A
-};
-
-// Gives sections [first, first + 4) their offsets and moves the end of the buffer.
-LORA_ORTHO_INLINE void place_sections(Header& h, int first, const std::int64_t (&bytes)[4]) {
-    for (int i = 0; i < 4; ++i) {
-        h.section[first + i] = h.bytes;
-        h.bytes += static_cast<std::size_t>(round_up(bytes[i], LORA_ORTHO_ALIGNMENT));
-    }
-}
-
-template <class C>
-void plan_float(Header& h) {
-    const std::int32_t expand = h.path & kExpandMask;
-    const std::int64_t size = sizeof(C);
-    place_sections(
-        h, 0,
-        {expand == kExpandTiles ? 0 : ceil_div(h.rank_sum, kPanel) * h.d_in * kPanel * size,
-         expand == kExpandDense ? round_up(h.d_out, kColumnPad) * h.padded_rank_sum * size : 0,
-         h.d_out * h.padded_rank_sum * size, h.rank_sum * round_up(h.d_in, kColumnPad) * size});
-}
-
-// What one member of the team packs at a time: so many columns of every lora_A, then so many rows
-// of every lora_B. Its part of each section is contiguous, or one run for each panel of A.
-constexpr std::int64_t kPackBlock = kColumnPad;
-
-// Fewer elements than this are packed sooner than a team has met.
-constexpr std::int64_t kPackTeam = 1 << 15;
-
-LORA_ORTHO_INLINE int pack_threads(const Header& h) {
-    return h.rank_sum * (h.d_in + h.d_out) < kPackTeam ? 1 : team_size(0);
-}
 
 // A row of a factor, `count` elements from (i, j) along its columns, in the compute type.
 template <class C>
@@ -114,7 +53,7 @@ LORA_ORTHO_INLINE void transpose(const C* from, std::int64_t from_pitch, std::in
         for (int q = 0; q < kPanel; ++q) to[i * kPanel + q] = from[q * from_pitch + i];
 }
 
-// Columns [begin, begin + count) of every lora_A into sections 0 and 3.
+// Columns [begin, begin + count) of every lora_A into kAPanels and kAColumns.
 template <class C>
 void pack_A(const lora_ortho_factors& f, const Layout& l, C* panels, C* columns, std::int64_t begin,
             std::int64_t count) {
@@ -141,7 +80,7 @@ void pack_A(const lora_ortho_factors& f, const Layout& l, C* panels, C* columns,
     }
 }
 
-// Rows [begin, begin + count) of every lora_B into sections 1 and 2.
+// Rows [begin, begin + count) of every lora_B into kBPanels and kBRows.
 template <class C>
 void pack_B(const lora_ortho_factors& f, const Layout& l, C* panels, C* rows, std::int64_t begin,
             std::int64_t count) {
@@ -167,11 +106,10 @@ void pack_B(const lora_ortho_factors& f, const Layout& l, C* panels, C* rows, st
     }
 }
 
-// Sections 0 to 3, this member's share.
+// This member's share.
 template <class C>
-void pack_float(const lora_ortho_factors& f, void* packed, const Team& team) {
-    const Layout l(packed);
-    auto section = [&](int i) {
+void pack_float(const lora_ortho_factors& f, const Layout& l, void* packed, const Team& team) {
+    auto section = [&](Section i) {
         char* at = static_cast<char*>(packed) + l.h.section[i];
         return l.h.section[i] == l.h.section[i + 1] ? nullptr : reinterpret_cast<C*>(at);
     };
@@ -183,9 +121,9 @@ void pack_float(const lora_ortho_factors& f, void* packed, const Team& team) {
         const std::int64_t left = (is_A ? l.h.d_in : l.h.d_out) - begin;
         const std::int64_t count = left < kPackBlock ? left : kPackBlock;
         if (is_A)
-            pack_A(f, l, section(0), section(3), begin, count);
+            pack_A(f, l, section(kAPanels), section(kAColumns), begin, count);
         else
-            pack_B(f, l, section(1), section(2), begin, count);
+            pack_B(f, l, section(kBPanels), section(kBRows), begin, count);
     }
 }
 

@@ -40,16 +40,16 @@ constexpr Kernels kFake = {
         header.bytes = header.arrays_end + static_cast<std::size_t>(ranks[0]) * 64;
     },
     [](const lora_ortho_factors&, void*) { act(); },
-    [](const void*, const lora_ortho_call&, const lora_ortho_matrix&, const lora_ortho_matrix*,
-       void* y, void* s) {
+    [](const void*, const Call&, const lora_ortho_matrix&, const lora_ortho_matrix*, void* y,
+       void* s) {
         act();
         *static_cast<float*>(y) = *static_cast<float*>(s) = 1.0f;
     },
-    [](const Header&, const lora_ortho_call&) { return kWorkspace; },
-    [](const void*, const lora_ortho_call&, const lora_ortho_matrix&, const lora_ortho_matrix&,
-       const void*, void* grad_x, const lora_ortho::cpu::FactorGradients&, double*, void*) {
+    [](const void*, const Call&) { return kWorkspace; },
+    [](const void*, const Call&, const lora_ortho_matrix&, const lora_ortho_matrix&, const void*,
+       const Gradients& out, void*) {
         act();
-        if (grad_x) *static_cast<float*>(grad_x) = 1.0f;
+        if (out.grad_x) *static_cast<float*>(out.grad_x) = 1.0f;
     },
 };
 
@@ -63,6 +63,8 @@ const Kernels* kernels_amx() { return nullptr; }
 
 namespace {
 
+using lora_ortho::Draw;
+using lora_ortho::Interval;
 using lora_ortho::cpu::Header;
 
 constexpr std::int64_t kTokens = 3, kIn = 4, kOut = 6, kRankSum = 5;
@@ -123,8 +125,8 @@ struct Arguments {
         h.adapters = adapters;
         h.rank_sum = adapters;
         h.rank_begin = h.ranks + 8 * k;
-        h.thresholds = h.rank_begin + 8 * (k + 1);
-        h.arrays_end = (h.thresholds + 4 * k + 63) / 64 * 64;
+        h.intervals = h.rank_begin + 8 * (k + 1);
+        h.arrays_end = (h.intervals + 8 * k + 63) / 64 * 64;
         h.bytes = h.arrays_end + 64;
     }
 

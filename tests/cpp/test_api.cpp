@@ -23,13 +23,9 @@ TEST(valid_arguments_reach_the_kernels) {
     CHECK_EQ(a.header().isa, LORA_ORTHO_ISA_BASELINE);
     const auto* begin = lora_ortho::cpu::array_at<std::int64_t>(a.packed, a.header().rank_begin);
     CHECK(begin[0] == 0 && begin[1] == 2 && begin[2] == kRankSum);
-    const auto* packed_t =
-        lora_ortho::cpu::array_at<std::uint32_t>(a.packed, a.header().thresholds);
-    CHECK(packed_t[0] == 20000 && packed_t[1] == 65536);
     a.factors.method = LORA_ORTHO_DIRECT;
     a.factors.thresholds = nullptr;
     CHECK_EQ(lora_ortho_pack(&a.factors, a.packed, a.packed_bytes), LORA_ORTHO_OK);
-    CHECK(packed_t[0] == 65536 && packed_t[1] == 65536);
     CHECK_EQ(lora_ortho_forward(a.packed, a.packed_bytes, &a.call, &a.x, nullptr, a.y.data(),
                                 a.s.data()),
              LORA_ORTHO_OK);
@@ -37,6 +33,24 @@ TEST(valid_arguments_reach_the_kernels) {
         lora_ortho_backward(a.packed, a.packed_bytes, &a.call, &a.base, &a.x, a.s.data(), nullptr,
                             nullptr, nullptr, LORA_ORTHO_FLOAT32, nullptr, a.workspace, kWorkspace),
         LORA_ORTHO_OK);
+}
+
+// Behind the boundary there are a kind of draw and intervals, both ends included.
+TEST(a_method_becomes_a_draw_and_intervals) {
+    const auto packed = [](lora_ortho_method method, Draw draw, Interval first, Interval second) {
+        Arguments a;
+        a.factors.method = method;
+        CHECK_EQ(lora_ortho_pack(&a.factors, a.packed, a.packed_bytes), LORA_ORTHO_OK);
+        CHECK(a.header().draw == draw);
+        const auto* of = lora_ortho::cpu::array_at<Interval>(a.packed, a.header().intervals);
+        CHECK_EQ(of[0].first, first.first);
+        CHECK_EQ(of[0].last, first.last);
+        CHECK_EQ(of[1].first, second.first);
+        CHECK_EQ(of[1].last, second.last);
+    };
+    packed(LORA_ORTHO_ORTHOGONAL, Draw::kShared, {0, 19999}, {20000, 65535});
+    packed(LORA_ORTHO_DROPOUT, Draw::kOwn, {0, 19999}, {0, 65535});
+    packed(LORA_ORTHO_DIRECT, Draw::kNone, {0, 65535}, {0, 65535});
 }
 
 TEST(factors_are_checked) {
@@ -97,7 +111,8 @@ TEST(packed_factors_are_checked) {
     CHECK_EQ(AFTER(called, a.packed_bytes = 8; a.header().magic = 0), LORA_ORTHO_BUFFER_TOO_SMALL);
     CHECK_EQ(AFTER(called, a.packed_bytes = a.header().bytes - 1), LORA_ORTHO_BUFFER_TOO_SMALL);
     CHECK_EQ(AFTER(called, a.header().magic ^= 1), LORA_ORTHO_BAD_PACKED);
-    CHECK_EQ(AFTER(called, a.header().method = 9), LORA_ORTHO_BAD_PACKED);
+    CHECK_EQ(AFTER(called, a.header().draw = static_cast<Draw>(3)), LORA_ORTHO_BAD_PACKED);
+    CHECK_EQ(AFTER(called, a.header().draw = static_cast<Draw>(-1)), LORA_ORTHO_BAD_PACKED);
     CHECK_EQ(AFTER(called, a.header().dtype = -1), LORA_ORTHO_BAD_PACKED);
     CHECK_EQ(AFTER(called, a.header().isa = 0), LORA_ORTHO_BAD_PACKED);
     CHECK_EQ(AFTER(called, a.header().isa = 6), LORA_ORTHO_BAD_PACKED);
@@ -110,7 +125,7 @@ TEST(packed_factors_are_checked) {
     CHECK_EQ(AFTER(called, a.header().rank_sum = 1), LORA_ORTHO_BAD_PACKED);
     CHECK_EQ(AFTER(called, a.header().ranks += 8), LORA_ORTHO_BAD_PACKED);
     CHECK_EQ(AFTER(called, a.header().rank_begin += 8), LORA_ORTHO_BAD_PACKED);
-    CHECK_EQ(AFTER(called, a.header().thresholds += 4), LORA_ORTHO_BAD_PACKED);
+    CHECK_EQ(AFTER(called, a.header().intervals += 8), LORA_ORTHO_BAD_PACKED);
     CHECK_EQ(AFTER(called, a.header().arrays_end += 64), LORA_ORTHO_BAD_PACKED);
     CHECK_EQ(AFTER(called, a.header().bytes = 64), LORA_ORTHO_BAD_PACKED);
     CHECK_EQ(AFTER(called, a.header().isa = LORA_ORTHO_ISA_AMX), LORA_ORTHO_UNSUPPORTED_ISA);

@@ -79,7 +79,7 @@ static inline LORA_ORTHO_HD uint32_t lora_ortho_draw(uint64_t seed, uint32_t row
         lora_ortho_draw_block(seed, row, (uint32_t)(col >> 3), stream, sample, lane_set), col);
 }
 
-/* Orthogonal method: the first adapter j with draw < thresholds[j], or -1 for nobody. */
+/* One draw for all adapters: the first j with draw < thresholds[j], or -1 for nobody. */
 static inline LORA_ORTHO_HD int32_t lora_ortho_owner(uint32_t draw, const uint32_t* thresholds,
                                                      int32_t adapters) {
     for (int32_t j = 0; j < adapters; ++j) {
@@ -88,7 +88,7 @@ static inline LORA_ORTHO_HD int32_t lora_ortho_owner(uint32_t draw, const uint32
     return -1;
 }
 
-/* Independent dropout: 1 where the adapter with this threshold keeps the element, else 0. */
+/* A draw for each adapter: 1 where the adapter with this threshold keeps the element, else 0. */
 static inline LORA_ORTHO_HD int lora_ortho_keeps(uint32_t draw, uint32_t threshold) {
     return draw < threshold;
 }
