@@ -21,7 +21,7 @@ _CASES = (Case(1, 64, 136, 3, 16), Case(19, 40, 131, 2, 5), Case(70, 64, 272, 8,
 def main(argv: Sequence[str] | None = None) -> int:
     """Run and check. Returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.probe", description=__doc__)
-    parser.add_argument("--backend", choices=backends.NAMES, required=True)
+    parser.add_argument("--backend", choices=backends.names(), required=True)
     backend: str = parser.parse_args(argv).backend
     device = device_of(backend)
     for case in _CASES:

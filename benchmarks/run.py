@@ -119,7 +119,9 @@ def _parser() -> argparse.ArgumentParser:
         help="short rounds; no torch.compile, no scaling, no language model",
     )
     parser.add_argument(
-        "--backend", choices=backends.NAMES, help="whose kernels; the best that works unless given"
+        "--backend",
+        choices=backends.names(),
+        help="whose kernels; the best that works unless given",
     )
     parser.add_argument(
         "--case",

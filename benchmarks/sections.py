@@ -9,9 +9,7 @@ from torch import Tensor
 
 import lora_ortho
 from lora_ortho import backends
-from lora_ortho.mask_stream import thresholds
 from lora_ortho.packing import PackedAdapters
-from lora_ortho.problem import Problem
 
 from . import checks, floors, memory, peers
 from .bench import Bench, Check, Contender, compare, head, seconds_of, time_calls
@@ -272,12 +270,8 @@ def overhead(bench: Bench, case: Case, dtype: str, effort: Effort) -> Row:
 def _kernels(inputs: Inputs, prepared: PackedAdapters) -> Call:
     """The CPU kernels by the extension's own call, arguments ready."""
     x, base, case = inputs.x, inputs.base, inputs.case
-    limits, _ = thresholds([1 - 1 / case.adapters] * case.adapters, "orthogonal")
     ranks = (case.rank,) * case.adapters
-    problem = Problem(
-        "orthogonal", tuple(limits), case.d_in, case.d_out, ranks, inputs.dtype, "cpu"
-    )
-    native = backends.get("cpu").pack(problem, inputs.lora_A, inputs.lora_B).native
+    native = backends.get("cpu").pack(prepared.problem, inputs.lora_A, inputs.lora_B).native
     y, s = torch.empty_like(base), x.new_empty(case.tokens, sum(ranks))
     arguments = (
         (x.data_ptr(), *x.stride()), (base.data_ptr(), *base.stride()), y.data_ptr(), s.data_ptr(),

@@ -6,8 +6,8 @@ inside the kernels and never stored.
 
 from lora_ortho import backends, mask_stream
 from lora_ortho.adapters import AdapterFileError, attach, detach, export, inject, load_adapter
-from lora_ortho.functional import fused_ortho_lora
 from lora_ortho.module import Adapter, FusedOrthoLoRALinear
+from lora_ortho.op import fused_ortho_lora
 
 __version__ = "0.1.0"
 

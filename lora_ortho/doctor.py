@@ -103,7 +103,7 @@ class Diagnosis:
 
 def diagnose() -> Diagnosis:
     """Looks at this process and machine, and runs each backend that works on a tiny problem."""
-    found = tuple(_backend(name) for name in backends.NAMES)
+    found = tuple(_backend(name) for name in backends.names())
     sets = cpu.instruction_sets()
     chosen = os.environ.get(cpu.ISA_VARIABLE, "auto")
     in_use = (sets[-1] if chosen == "auto" else chosen) if sets else None

@@ -208,6 +208,11 @@ def rates(p: Sequence[float] | Tensor, name: str = "p") -> list[float]:
     return values
 
 
+def default_rates(adapters: int) -> list[float]:
+    """1 - 1/K for each of K adapters: the smallest equal rates of the orthogonal method."""
+    return [1.0 - 1.0 / adapters] * adapters
+
+
 def thresholds(p: Sequence[float] | Tensor, method: str) -> tuple[list[int], list[float]]:
     """Thresholds T_j on the 16-bit draws, and the keep probabilities that they realise.
 
@@ -250,7 +255,7 @@ def _check_sum(keep: list[float]) -> None:
         raise ValueError(
             f"p: the orthogonal method needs keep probabilities 1 - p that sum to at most 1, got "
             f"{total:.12g}; the smallest admissible rate for {count} equal adapters is "
-            f"1 - 1/{count} = {1.0 - 1.0 / count:.12g}"
+            f"1 - 1/{count} = {default_rates(count)[0]:.12g}"
         )
 
 

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from lora_ortho import backends, mask_stream, packing
-from lora_ortho._torch_internals import is_custom_forward, may_be_run_again, settled
-from lora_ortho.functional import constants, merge
-from lora_ortho.ops import all_plain
-from lora_ortho.packing import PackedAdapters, gain_dtype
+from lora_ortho._torch_internals import all_plain, may_be_run_again
+from lora_ortho.call import Call
+from lora_ortho.gains import constants, gain_dtype
+from lora_ortho.op import merge
+from lora_ortho.packing import PackedAdapters
 from lora_ortho.problem import Place, Rule, check_method
+from lora_ortho.recomputation import Passes
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,7 @@ class Mix:
         members: indices of the adapters that take part. Under the dropout method all do, where any
             does: masks are independent there, and each keeps its lane set.
         p: dropout rates of the members.
-        rule: thresholds and gains of the members, merge weights included.
+        rule: of the members; its gains include the merge weights.
     """
 
     method: str
@@ -69,12 +71,11 @@ def _mix(
     on = [j for j, weight in enumerate(weights) if keep_zero_weights or weight != 0.0]
     if not on:
         return Mix(method, (), (), Rule.make(1, None, None, method))
-    default = 1.0 - 1.0 / len(on)
+    (default, *_) = mask_stream.default_rates(len(on))
     members = tuple(range(len(p)) if method == "dropout" else on)
     rates = tuple(default if p[j] is None else float(p[j]) for j in members)  # type: ignore[arg-type]
     rule = Rule.make(len(members), rates, [scaling[j] for j in members], method)
-    gains = tuple(weights[j] * gain for j, gain in zip(members, rule.gains, strict=True))
-    return Mix(method, members, rates, replace(rule, gains=gains))
+    return Mix(method, members, rates, rule.weighted([weights[j] for j in members]))
 
 
 _remembered_mix = functools.lru_cache(maxsize=4096)(_mix)
@@ -126,10 +127,10 @@ class Traced:
     """
 
     def __init__(self, settings: Settings, device: torch.device) -> None:
-        self.members, self.rule = settings.mix.members, settings.mix.rule
-        self.backend = settings.backend
+        self.members = settings.mix.members
         with torch.inference_mode(False), torch.no_grad():
-            self.coordinates = torch.tensor(settings.place, dtype=torch.int64)
+            coordinates = torch.tensor(settings.place, dtype=torch.int64)
+            self.call = Call(settings.mix.rule, Place(), settings.backend, coordinates)
             self.gains = torch.tensor(
                 settings.mix.rule.gains, dtype=gain_dtype(device.type), device=device
             )
@@ -148,7 +149,7 @@ class Mixer:
     def __init__(self, biased: Sequence[bool]) -> None:
         self.biased = tuple(biased)
         self._kept: tuple[PackedAdapters, Mix, str | None, torch.dtype] | None = None
-        self._open: dict[Settings, list[int | Tensor]] = {}  # passes that only a backward can end
+        self._passes = Passes()
 
     def add(
         self, x: Tensor, y: Tensor, tensors: Sequence[Tensor], settings: Settings, in_place: bool
@@ -163,7 +164,8 @@ class Mixer:
         """
         seed: int | Tensor | None = None
         if may_be_run_again():
-            settings, seed = self._of_this_pass(x, settings)
+            drawn: int | Tensor = _drawn(settings.seed, x) if settings.mix.members else 0
+            settings, seed = self._passes.of_this(settings, drawn)
         mix = settings.mix
         if not mix.members:
             return y
@@ -173,10 +175,9 @@ class Mixer:
             return self._apply_prepared(x, y, tensors, settings, seed, in_place)
         if self._kept is not None and trained:
             self._kept[0].expire()  # an optimiser may follow, whose work no counter shows
-        gains = constants(mix.rule.gains, gain_dtype(x.device.type), x)
         seed = _drawn(settings.seed, x) if seed is None else seed
-        return self._merge(x, y, tensors, mix.members, mix.rule, gains, seed, settings.place,
-                           settings.backend)  # fmt: skip
+        call = Call(mix.rule, settings.place, settings.backend)
+        return self._merge(call, x, y, tensors, mix.members, constants(mix.rule.gains, x), seed)
 
     def add_traced(
         self,
@@ -196,8 +197,7 @@ class Mixer:
         gains = traced.gains if scaling is None else traced.gains * scaling
         gains = gains.to(x.device, gain_dtype(x.device.type))
         seed = _drawn(traced.seed, x)
-        return self._merge(x, y, tensors, traced.members, traced.rule, gains, seed, Place(),
-                           traced.backend, traced.coordinates)  # fmt: skip
+        return self._merge(traced.call, x, y, tensors, traced.members, gains, seed)
 
     def refresh(self, tensors: Sequence[Tensor], settings: Settings) -> None:
         """Packs again, after a change that nothing shows."""
@@ -210,62 +210,20 @@ class Mixer:
             elif kept is not None:
                 kept[0].expire()
 
-    def _of_this_pass(self, x: Tensor, settings: Settings) -> tuple[Settings, int | Tensor]:
-        """Settings and seed of the pass that a call belongs to; a fresh seed is drawn in any case,
-        as torch's dropout does when a pass is run again."""
-        drawn: int | Tensor = _drawn(settings.seed, x) if settings.mix.members else 0
-        current = (settings, drawn)
-        used, told = settled(self, current)
-        if used is None:
-            return self._reopened(settings, drawn)
-        if used is current and not told and is_custom_forward():
-            if sum(map(len, self._open.values())) >= _MOST_OPEN:
-                self._open.pop(next(iter(self._open)))
-            self._open.setdefault(settings, []).append(drawn)
-        return used
-
-    def _reopened(self, settings: Settings, drawn: int | Tensor) -> tuple[Settings, int | Tensor]:
-        """A call inside a backward pass, with no checkpoint of torch around it: the recomputation
-        of another checkpoint, whose passes are told apart as far as their settings and seeds
-        differ; or, where none is open, a pass of its own."""
-        entries = [(key, seed) for key, seeds in self._open.items() for seed in seeds]
-        if len(entries) > 1:
-            others = [key for key in self._open if key != settings]
-            same = [(key, seed) for key, seed in entries if key == settings and _equal(seed, drawn)]
-            if others or not same:
-                what = _difference(others[0], settings) if others else "the random seed"
-                raise RuntimeError(
-                    f"{what} changed between forward passes whose recomputations cannot be told "
-                    "apart: use torch.utils.checkpoint, or one backward pass for each forward "
-                    "pass; for a seed, a checkpoint that restores torch's generator"
-                )
-            entries = same
-        if not entries:
-            return settings, drawn
-        key, seed = entries[0]
-        seeds = self._open[key]
-        del seeds[next(at for at, other in enumerate(seeds) if other is seed)]
-        if not seeds:
-            del self._open[key]
-        return key, seed
-
     def _merge(
         self,
+        call: Call,
         x: Tensor,
         y: Tensor,
         tensors: Sequence[Tensor],
         members: tuple[int, ...],
-        rule: Rule,
         gains: Tensor,
         seed: int | Tensor,
-        place: Place,
-        backend: str | None,
-        coordinates: Tensor | None = None,
     ) -> Tensor:
         lora_A, lora_B = self._factors(tensors, members)
         x = x.to(y.dtype)
         x = _with_one(x) if self._grows(members) else x
-        return merge(rule, gains, x, lora_A, lora_B, y, seed, place, backend, coordinates)
+        return merge(call, x, lora_A, lora_B, y, gains, seed)
 
     def _grows(self, members: tuple[int, ...]) -> bool:
         return any(self.biased) and any(self.biased[j] for j in members)
@@ -328,7 +286,7 @@ class Mixer:
         return made
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"biased": self.biased, "_kept": None, "_open": {}}
+        return {"biased": self.biased, "_kept": None, "_passes": Passes()}
 
 
 def checked_rates(p: Sequence[float | None] | None, count: int) -> tuple[float | None, ...]:
@@ -347,13 +305,6 @@ def _sequence(name: str, values: Any) -> Any:
     return values
 
 
-_MOST_OPEN = 1024  # passes of one layer: of functions that never run one again, no more are kept
-
-
-def _equal(a: int | Tensor, b: int | Tensor) -> bool:
-    return int(a) == int(b)
-
-
 def _drawn(seed: int | Tensor | None, x: Tensor) -> int | Tensor:
     """The seed, or a fresh one from torch's generator of the device of x."""
     if seed is not None:
@@ -364,18 +315,3 @@ def _drawn(seed: int | Tensor | None, x: Tensor) -> int | Tensor:
 def _with_one(x: Tensor) -> Tensor:
     """x with one more feature, which is 1."""
     return nn.functional.pad(x, (0, 1), value=1.0)
-
-
-def _difference(before: Settings, now: Settings) -> str:
-    """What was changed, in words."""
-    parts = {
-        "method": (before.mix.method, now.mix.method),
-        "p": (before.mix.p, now.mix.p),
-        "weights": (before.mix.rule.gains, now.mix.rule.gains),
-        "seed": (before.seed, now.seed),
-        "stream": (before.place.stream, now.place.stream),
-        "sample": (before.place.sample, now.place.sample),
-        "backend": (before.backend, now.backend),
-    }
-    changed = [f"{name} ({a!r} to {b!r})" for name, (a, b) in parts.items() if a != b]
-    return ", ".join(changed)

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from lora_ortho import backends
 from lora_ortho.backends import cpu
+from lora_ortho.backends.base import Backend
+from lora_ortho.gains import gain_dtype
 from lora_ortho.problem import Place, Problem, Rule, check_factors, finite_numbers
 
 _PROBLEMS_PER_PLACE = 4
@@ -64,12 +66,12 @@ class Stamp:
 
 # By storage of the first lora_B, for as long as it lives: by address in it, by problem. A stamp of
 # None matches nothing.
-_Places = dict[int, dict[tuple[str, Problem], tuple[Stamp | None, Any]]]
+_Places = dict[int, dict[tuple[Backend[Any], Problem], tuple[Stamp | None, Any]]]
 _storages: dict[int, tuple[weakref.ref[Any], _Places]] = {}
 
 
 def packed(
-    backend: str,
+    backend: Backend[Any],
     problem: Problem,
     lora_A: Sequence[Tensor],
     lora_B: Sequence[Tensor],
@@ -81,11 +83,10 @@ def packed(
     Args:
         trained: gradients of a factor are recorded: they are packed anew, and nothing is kept.
     """
-    pack = backends.get(backend).pack
     if trained:
         _expire(lora_B[0])
-    if trained or backend == "reference":  # which reads the factors themselves
-        return pack(problem, lora_A, lora_B)
+    if trained or not backend.copies:
+        return backend.pack(problem, lora_A, lora_B)
     tensors, storage = (*lora_A, *lora_B), lora_B[0].untyped_storage()
     key = id(storage)
     entry = _storages.get(key)
@@ -95,7 +96,7 @@ def packed(
     place = entry[1].setdefault(lora_B[0].data_ptr(), {})
     stamp, found = place.get((backend, problem), (None, None))
     if stamp is None or not stamp.matches(tensors):
-        stamp, found = Stamp(tensors), pack(problem, lora_A, lora_B, out=found)
+        stamp, found = Stamp(tensors), backend.pack(problem, lora_A, lora_B, found)
         while len(place) >= _PROBLEMS_PER_PLACE and (backend, problem) not in place:
             place.pop(next(iter(place)))
         place[backend, problem] = (stamp, found)
@@ -120,13 +121,8 @@ def refresh(lora_A: Sequence[Tensor], lora_B: Sequence[Tensor]) -> None:
     kept = places.get(lora_B[0].data_ptr(), {})
     for (backend, problem), (_, found) in list(kept.items()):
         if problem.ranks == tuple(A.shape[0] for A in lora_A):
-            fresh = backends.get(backend).pack(problem, lora_A, lora_B, out=found)
+            fresh = backend.pack(problem, lora_A, lora_B, found)
             kept[backend, problem] = (Stamp((*lora_A, *lora_B)), fresh)
-
-
-def gain_dtype(device: str) -> torch.dtype:
-    """The dtype in which gains travel to a device."""
-    return torch.float64 if device == "cpu" else torch.float32
 
 
 class PackedAdapters:
@@ -139,7 +135,7 @@ class PackedAdapters:
     Args:
         lora_A, lora_B: K tensors each, (r_j, d_in) and (d_out, r_j).
         dtype: of x, base and output.
-        rule: thresholds and constant gains; None for the defaults of the orthogonal method.
+        rule: draw, intervals and gains; None for the defaults of the orthogonal method.
         weights: K merge weights; None for ones.
         backend: None for the best that can serve them, or a name.
         sources: the tensors that :meth:`holds` compares; None is all lora_A, then all lora_B.
@@ -160,15 +156,11 @@ class PackedAdapters:
         rule = rule or Rule.make(len(ranks), None, None, "orthogonal")
         device = lora_A[0].device
         d_out, d_in = lora_B[0].shape[0], lora_A[0].shape[1]
-        self.problem = Problem(rule.method, rule.thresholds, d_in, d_out, ranks, dtype, device.type)
+        self.problem = Problem(rule.draw, rule.intervals, d_in, d_out, ranks, dtype, device.type)
         self.requested = backend
         self.backend = backends.choose(backend, self.problem)
-        numbers = finite_numbers("weights", weights, len(ranks))
-        self.gains = torch.tensor(
-            [w * g for w, g in zip(numbers, rule.gains, strict=True)],
-            dtype=gain_dtype(device.type),
-            device=device,
-        )
+        rule = rule.weighted(finite_numbers("weights", weights, len(ranks)))
+        self.gains = torch.tensor(rule.gains, dtype=gain_dtype(device.type), device=device)
         self._device = device
         self._forward = backends.get(self.backend).forward
         self._kept: tuple[Stamp | None, Any] = (None, None)
@@ -187,7 +179,7 @@ class PackedAdapters:
         stamp = Stamp((*lora_A, *lora_B) if sources is None else sources)
         pack = backends.get(self.backend).pack
         # Together: another thread must not meet the new stamp with the old pack.
-        self._kept = (stamp, pack(self.problem, lora_A, lora_B, out=self.packed))
+        self._kept = (stamp, pack(self.problem, lora_A, lora_B, self.packed))
 
     def fits(self, lora_A: Sequence[Tensor], lora_B: Sequence[Tensor]) -> bool:
         """True if these factors have the sizes and the device that were prepared."""

@@ -6,6 +6,7 @@ import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import Enum
 from typing import NamedTuple
 
 import torch
@@ -13,11 +14,23 @@ from torch import Tensor
 
 from lora_ortho import mask_stream
 
-METHODS = ("orthogonal", "dropout", "direct")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 MAX_ADAPTERS = 255  # an adapter's index is its lane set, one byte
 
 _DTYPE_NAMES = "float32, bfloat16, float16 or float64"
+
+
+class Draw(str, Enum):
+    """What is drawn for an output element, and so which adapters act on it."""
+
+    NONE = "none"  # nothing: every adapter acts on every element
+    SHARED = "shared"  # one number; the adapters' intervals are disjoint
+    OWN = "own"  # a number for each adapter, from the lane set of its index
+
+
+_DRAWS = {"orthogonal": Draw.SHARED, "dropout": Draw.OWN, "direct": Draw.NONE}
+METHODS = tuple(_DRAWS)
+Interval = tuple[int, int]  # first and last, inclusive, of the 16-bit draws
 
 
 class Place(NamedTuple):
@@ -31,22 +44,28 @@ class Place(NamedTuple):
     def checked(self, tokens: int, d_out: int) -> Place:
         """This place, with integers of other kinds as Python's; TypeError or ValueError unless
         every coordinate of the call is in its range."""
-        return Place(
-            mask_stream.check_in_range("stream", self.stream, mask_stream.STREAM_LIMIT),
-            mask_stream.check_in_range("sample", self.sample, mask_stream.SAMPLE_LIMIT),
-            _check_span("row_offset", self.row_offset, tokens, mask_stream.ROW_LIMIT, "tokens"),
-            _check_span("col_offset", self.col_offset, d_out, mask_stream.COL_LIMIT, "features"),
+        stream, sample, row_offset, col_offset = map(
+            mask_stream.check_in_range, Place._fields, self, _PLACE_LIMITS
         )
+        _check_room("row_offset", row_offset, tokens, mask_stream.ROW_LIMIT, "tokens")
+        _check_room("col_offset", col_offset, d_out, mask_stream.COL_LIMIT, "features")
+        return Place(stream, sample, row_offset, col_offset)
 
 
-def _check_span(name: str, offset: int, length: int, limit: int, what: str) -> int:
-    offset = mask_stream.check_in_range(name, offset, limit)
+_PLACE_LIMITS = (
+    mask_stream.STREAM_LIMIT,
+    mask_stream.SAMPLE_LIMIT,
+    mask_stream.ROW_LIMIT,
+    mask_stream.COL_LIMIT,
+)
+
+
+def _check_room(name: str, offset: int, length: int, limit: int, what: str) -> None:
     if offset + length > limit:
         raise ValueError(
             f"{name} must leave room for {length} {what} below 2**{limit.bit_length() - 1}, "
             f"got {offset}"
         )
-    return offset
 
 
 @dataclass(frozen=True)
@@ -54,13 +73,14 @@ class Rule:
     """How the adapters of one layer are mixed: constants, checked once.
 
     Attributes:
-        method: one of ``METHODS``.
-        thresholds: K thresholds on the 16-bit draws.
-        gains: K floats s_j / q̂_j; a gain without its merge weight.
+        draw: what is drawn for an element.
+        intervals: K intervals; adapter j acts on an element whose draw lies in the j-th.
+        gains: K floats, scaling over realised keep probability; times the merge weights where
+            :meth:`weighted` made the rule.
     """
 
-    method: str
-    thresholds: tuple[int, ...]
+    draw: Draw
+    intervals: tuple[Interval, ...]
     gains: tuple[float, ...]
 
     @staticmethod
@@ -72,14 +92,19 @@ class Rule:
     ) -> Rule:
         """Check p, scaling and method for a number of adapters, and work out their constants."""
         check_method(method)
-        if p is None:
-            p = [1.0 - 1.0 / adapters] * adapters
-        values = mask_stream.rates(p)
-        _check_length("p", len(values), adapters)
-        scales = finite_numbers("scaling", scaling, adapters)
-        if torch.compiler.is_compiling():
-            return _rule(tuple(values), tuple(scales), method)
-        return _remembered_rule(tuple(values), tuple(scales), method)
+        rates, scales = None, None
+        if p is not None:
+            rates = tuple(mask_stream.rates(p))
+            _check_length("p", len(rates), adapters)
+        if scaling is not None:
+            scales = tuple(finite_numbers("scaling", scaling, adapters))
+        make = _rule if torch.compiler.is_compiling() else _remembered_rule
+        return make(adapters, rates, scales, method)
+
+    def weighted(self, weights: Sequence[float]) -> Rule:
+        """This rule with its gains multiplied by K merge weights."""
+        gains = tuple(w * gain for w, gain in zip(weights, self.gains, strict=True))
+        return Rule(self.draw, self.intervals, gains)
 
 
 def check_method(method: object) -> None:
@@ -88,28 +113,32 @@ def check_method(method: object) -> None:
         raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
 
 
-def _rule(p: tuple[float, ...], scales: tuple[float, ...], method: str) -> Rule:
-    thresholds, keep = mask_stream.thresholds(p, method)
-    return Rule(method, tuple(thresholds), tuple(s / q for s, q in zip(scales, keep, strict=True)))
+def _rule(
+    adapters: int, p: tuple[float, ...] | None, scales: tuple[float, ...] | None, method: str
+) -> Rule:
+    draw, scales = _DRAWS[method], scales or (1.0,) * adapters
+    thresholds, keep = mask_stream.thresholds(p or mask_stream.default_rates(adapters), method)
+    firsts = [0, *thresholds[:-1]] if draw is Draw.SHARED else [0] * len(thresholds)
+    intervals = tuple((first, T - 1) for first, T in zip(firsts, thresholds, strict=True))
+    return Rule(draw, intervals, tuple(s / q for s, q in zip(scales, keep, strict=True)))
 
 
 _remembered_rule = functools.lru_cache(maxsize=1024)(_rule)
 
 
-@dataclass(frozen=True)
-class Problem:
+class Problem(NamedTuple):
     """Sizes, dtype, device and masks of one layer's merge; what backends decide and pack by.
 
     Attributes:
-        method, thresholds: see :class:`Rule`.
+        draw, intervals: those of its :class:`Rule`; the gains are no part of it.
         d_in, d_out: features in and out.
         ranks: K ranks.
         dtype: of x, base and output.
         device: type of the device, "cpu" or "cuda" or another.
     """
 
-    method: str
-    thresholds: tuple[int, ...]
+    draw: Draw
+    intervals: tuple[Interval, ...]
     d_in: int
     d_out: int
     ranks: tuple[int, ...]
@@ -124,9 +153,11 @@ def check(
     lora_B: Sequence[Tensor],
     base: Tensor | None,
     place: Place,
-) -> Problem:
-    """The one check of a call's tensors.
+) -> tuple[Problem, Place]:
+    """The one check of a call's tensors and of where it stands.
 
+    Returns:
+        What the call is, and its place with integers of other kinds as Python's.
     Raises:
         TypeError: not a tensor, or an unsupported dtype.
         ValueError: a shape, a device or a coordinate that does not fit. Each error names its
@@ -147,8 +178,8 @@ def check(
             raise ValueError(f"{name} must be on the device of x, {x.device}, got {tensor.device}")
     if base is not None:
         _check_base(base, x, d_out)
-    place.checked(math.prod(x.shape[:-1]), d_out)
-    return Problem(rule.method, rule.thresholds, d_in, d_out, ranks, x.dtype, x.device.type)
+    problem = Problem(rule.draw, rule.intervals, d_in, d_out, ranks, x.dtype, x.device.type)
+    return problem, place.checked(math.prod(x.shape[:-1]), d_out)
 
 
 def check_dtype(name: str, tensor: Tensor) -> None:

@@ -7,10 +7,35 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from lora_ortho import mask_stream
+from lora_ortho.problem import Draw, Place, Problem
+
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype to accumulate in."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def masks(
+    problem: Problem, tokens: int, seed: int | Tensor, place: Place, device: torch.device
+) -> list[Tensor]:
+    """The K masks of a call, bool (tokens, d_out): where u lies in the interval of adapter j."""
+    if problem.draw is Draw.NONE:
+        everywhere = torch.ones(tokens, problem.d_out, dtype=torch.bool, device=device)
+        return [everywhere] * len(problem.intervals)
+    key = mask_stream.seed_tensor(seed, device)
+    rows = range(place.row_offset, place.row_offset + tokens)
+    cols = range(place.col_offset, place.col_offset + problem.d_out)
+
+    def draws(lane_set: int) -> Tensor:
+        at = {"stream": place.stream, "sample": place.sample}
+        return mask_stream.draws(key, rows, cols, lane_set=lane_set, **at)
+
+    count = len(problem.intervals)
+    us = [draws(0)] * count if problem.draw is Draw.SHARED else [draws(j) for j in range(count)]
+    return [
+        (first <= u) & (u <= last) for u, (first, last) in zip(us, problem.intervals, strict=True)
+    ]
 
 
 def merge(
@@ -53,24 +78,26 @@ def merge_gradients(
 ) -> tuple[Tensor, list[Tensor], list[Tensor], Tensor]:
     """Gradients of :func:`merge` in x, lora_A, lora_B and gains, written out.
 
-    With g_j = m_j ⊙ grad: dB_j = gain_j g_jᵀ s_j, ds_j = gain_j g_j B_j, dA_j = ds_jᵀ x,
-    dx = Σ ds_j A_j, dgain_j = Σ g_j ⊙ (s_j B_jᵀ). The gradient of base is ``grad``.
+    With g_j = m_j ⊙ grad: grad_B_j = gain_j g_jᵀ s_j, grad_s_j = gain_j g_j B_j,
+    grad_A_j = grad_s_jᵀ x, grad_x = Σ grad_s_j A_j, grad_gain_j = Σ s_j ⊙ (g_j B_j). The gradient
+    of base is ``grad``.
 
     Returns:
-        dx in the dtype of x, dA_j and dB_j in those of the factors, dgains in that of gains.
+        grad_x in the dtype of x, grad_A_j and grad_B_j in those of the factors, grad_gains in that
+        of gains.
     """
     wide = wide_dtype(x.dtype)
-    grad, wide_x, dx = grad.to(wide), x.to(wide), torch.zeros_like(x, dtype=wide)
-    dA, dB, dgains = [], [], []
+    grad, wide_x, grad_x = grad.to(wide), x.to(wide), torch.zeros_like(x, dtype=wide)
+    grads_A, grads_B, grad_gains = [], [], []
     for A, B, gain, mask in zip(lora_A, lora_B, gains.to(wide), masks, strict=True):
         g = torch.where(mask, grad, 0)  # (tokens, d_out)
         s = wide_x @ A.to(wide).T  # (tokens, r)
-        ds = gain * (g @ B.to(wide))
-        dx += ds @ A.to(wide)
-        dA.append((ds.T @ wide_x).to(A.dtype))
-        dB.append((gain * (g.T @ s)).to(B.dtype))
-        dgains.append(((g @ B.to(wide)) * s).sum())
-    return dx.to(x.dtype), dA, dB, torch.stack(dgains).to(gains.dtype)
+        grad_s = gain * (g @ B.to(wide))
+        grad_x += grad_s @ A.to(wide)
+        grads_A.append((grad_s.T @ wide_x).to(A.dtype))
+        grads_B.append((gain * (g.T @ s)).to(B.dtype))
+        grad_gains.append(((g @ B.to(wide)) * s).sum())
+    return grad_x.to(x.dtype), grads_A, grads_B, torch.stack(grad_gains).to(gains.dtype)
 
 
 def stick_breaking(

@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # Masks against their golden files, values on every instruction set, the module, errors, the op.
 WHEEL_TESTS = (
     *("test_mask_stream", "test_masks", "test_values", "test_module", "test_packing"),
-    *("test_functional", "test_errors", "test_ops"),
+    *("test_op", "test_errors", "test_op_graphs"),
 )
 # And torch.compile down to machine code, PEFT's models and files.
 MATRIX_TESTS = (

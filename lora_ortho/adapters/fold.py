@@ -80,12 +80,12 @@ def ortho_rows(
     """
     rule = _rule(adapters, "orthogonal")
     cols = range(adapters[0].lora_B.shape[0])
-    masks = mask_stream.masks(
-        seed, range(1), cols, rule.thresholds, "orthogonal", stream=stream, sample=sample
-    )
+    owner = mask_stream.winners(
+        seed, range(1), cols, rates(adapters), stream=stream, sample=sample
+    )[0]
     gains = _gains(adapters, rule)
     device = adapters[0].lora_B.device
-    rows = [gain * mask[0].to(device).double() for gain, mask in zip(gains, masks, strict=True)]
+    rows = [gain * (owner == j).to(device).double() for j, gain in enumerate(gains)]
     return _concatenate(adapters, rows)
 
 
@@ -108,8 +108,9 @@ def element_disjoint(
     Place(stream, sample).checked(d_out, d_in + 1)
     dtype, device = _wide(adapters), adapters[0].lora_B.device
     joined = torch.zeros(d_out, d_in + 1, dtype=dtype, device=device)
-    drawn = mask_stream.draws(seed, range(d_out), range(d_in + 1), stream=stream, sample=sample)
-    owner = mask_stream.owners(drawn, rule.thresholds).to(device)
+    owner = mask_stream.winners(
+        seed, range(d_out), range(d_in + 1), rates(adapters), stream=stream, sample=sample
+    ).to(device)
     for j, (gain, adapter) in enumerate(zip(_gains(adapters, rule), adapters, strict=True)):
         delta = joined.new_zeros(d_out, d_in + 1)
         delta[:, :-1] = adapter.lora_B.to(dtype) @ adapter.lora_A.to(dtype)

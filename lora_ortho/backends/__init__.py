@@ -1,52 +1,79 @@
 """Backends: who can serve a problem, and why not.
 
-A backend is a module with ``unavailable() -> str | None`` (why it cannot work on this
-machine), ``supports(problem) -> str | None`` (why it cannot serve one problem), ``pack``,
-``forward`` and ``backward``; see :mod:`lora_ortho.backends.reference` for their meaning.
+A backend is a file of this folder, or whatever is given to :func:`register`, that has the names of
+:class:`lora_ortho.backends.base.Backend`.
 """
 
 from __future__ import annotations
 
-from types import ModuleType
-from typing import TYPE_CHECKING
+import importlib
+import pkgutil
+from typing import Any
 
-from lora_ortho.backends import cpu, cuda, reference, triton
+from lora_ortho.backends.base import Backend
+from lora_ortho.problem import Problem
 
-if TYPE_CHECKING:
-    from lora_ortho.problem import Problem
-
-_BY_NAME: dict[str, ModuleType] = {
-    "reference": reference,
-    "cpu": cpu,
-    "triton": triton,
-    "cuda": cuda,
-}
-NAMES = tuple(_BY_NAME)
-# What backend=None tries for a type of device, best first. "reference" serves every problem.
-# Triton's interpreter serves CPU tensors only where it is named.
-_PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("triton", "cuda", "reference")}
+_registered: dict[str, Backend[Any]] = {}
+_ranked: tuple[Backend[Any], ...] = ()  # the highest preference first
 
 
 def available() -> dict[str, str | None]:
     """Every backend by name: None where it works on this machine, else the reason why not."""
-    return {name: backend.unavailable() for name, backend in _BY_NAME.items()}
+    return {name: backend.unavailable() for name, backend in _registered.items()}
+
+
+def register(backend: Backend[Any]) -> None:
+    """Adds a backend, which then serves every function and module of this package.
+
+    Args:
+        backend: a module or an object with the names of ``lora_ortho.backends.base.Backend``.
+            ``backend=None`` takes it where its ``devices`` and ``preference`` say so.
+    Raises:
+        TypeError: it lacks one of the names.
+        ValueError: another backend of its name is registered.
+    """
+    words = [word for word in vars(Backend) if not word.startswith("_")]
+    missing = [word for word in words if not hasattr(backend, word)]
+    if missing:
+        raise TypeError(f"backend must have {', '.join(words)}; it lacks {', '.join(missing)}")
+    if backend.name in _registered:
+        raise ValueError(f"backend must have a new name, got {backend.name!r}, which is registered")
+    _registered[backend.name] = backend
+    _rank()
+
+
+def unregister(name: str) -> None:
+    """Takes a backend out again; ValueError where there is none of that name."""
+    check_name(name)
+    del _registered[name]
+    _rank()
+
+
+def names() -> tuple[str, ...]:
+    """The names that ``backend=`` takes."""
+    return tuple(_registered)
+
+
+def preferred(device: str) -> list[str]:
+    """The names that ``backend=None`` tries for a type of device, in that order."""
+    return [b.name for b in _ranked if b.devices is None or device in b.devices]
 
 
 def check_name(backend: str | None) -> None:
     """Raise ValueError unless ``backend`` is None or the name of a backend."""
-    if backend is not None and backend not in NAMES:
-        raise ValueError(f"backend must be None or one of {', '.join(NAMES)}, got {backend!r}")
+    if backend is not None and backend not in names():
+        raise ValueError(f"backend must be None or one of {', '.join(names())}, got {backend!r}")
 
 
-def get(name: str) -> ModuleType:
+def get(name: str) -> Backend[Any]:
     """The backend of a name that :func:`choose` gave."""
-    return _BY_NAME[name]
+    return _registered[name]
 
 
 def decline(name: str, problem: Problem) -> str | None:
     """Why a backend cannot serve a problem; None where it can."""
-    reason: str | None = get(name).unavailable() or get(name).supports(problem)
-    return reason
+    backend = _registered[name]
+    return backend.unavailable() or backend.supports(problem)
 
 
 def choose(backend: str | None, problem: Problem) -> str:
@@ -59,9 +86,26 @@ def choose(backend: str | None, problem: Problem) -> str:
     """
     check_name(backend)
     if backend is None:
-        names = _PREFERENCE.get(problem.device, ("reference",))
-        return next(name for name in names if decline(name, problem) is None)
+        return next(name for name in preferred(problem.device) if decline(name, problem) is None)
     reason = decline(backend, problem)
     if reason is not None:
         raise ValueError(f"backend {backend!r} cannot serve this call: {reason}")
     return backend
+
+
+def _rank() -> None:
+    global _ranked
+    _ranked = tuple(sorted(_registered.values(), key=lambda backend: -backend.preference))
+
+
+def _find() -> None:
+    """Registers every backend that is a file of this folder."""
+    files = [
+        importlib.import_module(f"{__name__}.{f.name}") for f in pkgutil.iter_modules(__path__)
+    ]
+    found: list[Any] = [file for file in files if hasattr(file, "preference")]
+    for backend in sorted(found, key=lambda backend: int(backend.preference)):
+        register(backend)
+
+
+_find()

@@ -11,8 +11,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lora_ortho.backends.native import DTYPE_NAMES, matrix
+from lora_ortho.backends.base import Gradients, Needs, empty_gradients
+from lora_ortho.backends.native import DTYPE_NAMES, factors, layer, matrix
 from lora_ortho.problem import Place, Problem
+
+name, devices, preference, copies = "cpu", ("cpu",), 10, True
 
 _C: Any = None
 _REASON: str | None = None
@@ -71,28 +74,12 @@ def sampler(tensors: Sequence[Tensor]) -> Any:
 
 
 def pack(
-    problem: Problem,
-    lora_A: Sequence[Tensor],
-    lora_B: Sequence[Tensor],
-    *,
-    out: Packed | None = None,
+    problem: Problem, lora_A: Sequence[Tensor], lora_B: Sequence[Tensor], out: Packed | None = None
 ) -> Packed:
-    """Factors in the kernels' own layout and compute dtype; see ``backends.reference.pack``.
-
-    Always in new memory: an older pack may be in use by another thread.
-    """
-    lora_A, lora_B = ([t.resolve_neg() for t in factors] for factors in (lora_A, lora_B))
-    native = _C.Packed(
-        problem.method,
-        DTYPE_NAMES[problem.dtype],
-        problem.d_in,
-        problem.d_out,
-        list(problem.ranks),
-        list(problem.thresholds),
-        [(*matrix(A), DTYPE_NAMES[A.dtype]) for A in lora_A],
-        [(*matrix(B), DTYPE_NAMES[B.dtype]) for B in lora_B],
-        isa=os.environ.get(ISA_VARIABLE, "auto"),
-    )
+    """Always in new memory: an older pack may be in use by another thread."""
+    lora_A, lora_B = ([t.resolve_neg() for t in tensors] for tensors in (lora_A, lora_B))
+    isa = os.environ.get(ISA_VARIABLE, "auto")
+    native = _C.Packed(*layer(problem), factors(lora_A), factors(lora_B), isa=isa)
     return Packed(native, problem.d_out, sum(problem.ranks))
 
 
@@ -105,9 +92,8 @@ def forward(
     place: Place,
     out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """See ``backends.reference.forward``."""
     tokens = x.shape[0]
-    y = _output((tokens, packed.d_out), x.dtype) if out is None else out
+    y = _empty(x, (tokens, packed.d_out), x.dtype) if out is None else out
     s = torch.empty((tokens, packed.rank_sum), dtype=x.dtype)
     packed.native.forward(
         matrix(x),
@@ -131,36 +117,32 @@ def backward(
     gains: Tensor,
     seed: int | Tensor,
     place: Place,
-    needs: tuple[bool, bool, bool, bool],
+    needs: Needs,
     factor_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """See ``backends.reference.backward``."""
-    rank_sum = s.shape[1]
-    shapes = (x.shape, (rank_sum, x.shape[1]), (grad.shape[1] * rank_sum,), gains.shape)
-    dtypes = (x.dtype, factor_dtype, factor_dtype, gains.dtype)
-    outputs = tuple(
-        _output(shape if needed else (0,), dtype)
-        for shape, dtype, needed in zip(shapes, dtypes, needs, strict=True)
+) -> Gradients:
+    found = empty_gradients(x, s, packed.d_out, gains, needs, factor_dtype, _empty)
+    grad_x, grad_A, grad_B, grad_gains = (
+        gradient.data_ptr() if need else 0 for gradient, need in zip(found, needs, strict=True)
     )
-    dx, dA, dB, dgains = outputs
-    addresses = [out.data_ptr() if need else 0 for out, need in zip(outputs, needs, strict=True)]
     packed.native.backward(
         matrix(grad),
         matrix(x),
         s.data_ptr(),
-        *addresses[:3],
+        grad_x,
+        grad_A,
+        grad_B,
         DTYPE_NAMES[factor_dtype],
-        addresses[3],
+        grad_gains,
         x.shape[0],
         gains.data_ptr(),
         _unsigned(seed),
         *place,
         torch.get_num_threads(),
     )
-    return dx, dA, dB, dgains
+    return found
 
 
-def _output(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+def _empty(_: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """An empty tensor; a large one on huge pages, where the system gives them on request."""
     tensor = torch.empty(shape, dtype=dtype)
     if tensor.nbytes >= _HUGE_BYTES:

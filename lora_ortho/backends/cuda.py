@@ -10,8 +10,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lora_ortho.backends.native import DTYPE_NAMES, matrix
+from lora_ortho.backends.base import Gradients, Needs, empty_gradients
+from lora_ortho.backends.native import DTYPE_NAMES, factors, layer, matrix
 from lora_ortho.problem import Place, Problem
+
+name, devices, preference, copies = "cuda", ("cuda",), 10, True
 
 _C: Any = None
 _REASON: str | None = None
@@ -54,35 +57,19 @@ def supports(problem: Problem) -> str | None:
 
 
 def pack(
-    problem: Problem,
-    lora_A: Sequence[Tensor],
-    lora_B: Sequence[Tensor],
-    *,
-    out: Packed | None = None,
+    problem: Problem, lora_A: Sequence[Tensor], lora_B: Sequence[Tensor], out: Packed | None = None
 ) -> Packed:
-    """Factors in the kernels' own layout and compute dtype; see ``backends.reference.pack``."""
-    lora_A, lora_B = ([t.detach().resolve_neg() for t in fs] for fs in (lora_A, lora_B))
+    lora_A, lora_B = ([t.detach().resolve_neg() for t in tensors] for tensors in (lora_A, lora_B))
     device = lora_A[0].device
     with _current(device):
         out = _empty_pack(problem, device) if out is None else out
-        out.native.pack(
-            [(*matrix(A), DTYPE_NAMES[A.dtype]) for A in lora_A],
-            [(*matrix(B), DTYPE_NAMES[B.dtype]) for B in lora_B],
-            out.buffer.data_ptr(),
-            _stream(device),
-        )
+        address = out.buffer.data_ptr()
+        out.native.pack(factors(lora_A), factors(lora_B), address, _stream(device))
     return out
 
 
 def _empty_pack(problem: Problem, device: torch.device) -> Packed:
-    native = _C.CudaFactors(
-        problem.method,
-        DTYPE_NAMES[problem.dtype],
-        problem.d_in,
-        problem.d_out,
-        list(problem.ranks),
-        list(problem.thresholds),
-    )
+    native = _C.CudaFactors(*layer(problem))
     buffer = torch.empty(native.nbytes, dtype=torch.uint8, device=device)
     return Packed(native, buffer, problem.d_out, sum(problem.ranks))
 
@@ -96,7 +83,6 @@ def forward(
     place: Place,
     out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """See ``backends.reference.forward``."""
     tokens, device = x.shape[0], x.device
     with _current(device):
         gains = gains.to(torch.float32)
@@ -124,38 +110,32 @@ def backward(
     gains: Tensor,
     seed: int | Tensor,
     place: Place,
-    needs: tuple[bool, bool, bool, bool],
+    needs: Needs,
     factor_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """See ``backends.reference.backward``."""
-    rank_sum, device = s.shape[1], x.device
-    shapes = (x.shape, (rank_sum, x.shape[1]), (grad.shape[1] * rank_sum,), gains.shape)
-    dtypes = (x.dtype, factor_dtype, factor_dtype, torch.float32)
+) -> Gradients:
+    tokens, device = x.shape[0], x.device
     with _current(device):
-        outputs = [
-            torch.empty(shape if needed else (0,), dtype=dtype, device=device)
-            for shape, dtype, needed in zip(shapes, dtypes, needs, strict=True)
-        ]
-        dx, dA, dB, dgains = (
-            out.data_ptr() if need else 0 for out, need in zip(outputs, needs, strict=True)
-        )
-        workspace = _workspace(packed.native.backward_bytes(x.shape[0]), device)
         wide_gains = gains.to(torch.float32)
+        found = empty_gradients(x, s, packed.d_out, wide_gains, needs, factor_dtype)
+        grad_x, grad_A, grad_B, grad_gains = (
+            gradient.data_ptr() if need else 0 for gradient, need in zip(found, needs, strict=True)
+        )
+        workspace = _workspace(packed.native.backward_bytes(tokens), device)
         packed.native.backward(
             packed.buffer.data_ptr(),
             matrix(grad),
             matrix(x),
             s.data_ptr(),
-            dx,
-            dA,
-            dB,
+            grad_x,
+            grad_A,
+            grad_B,
             DTYPE_NAMES[factor_dtype],
-            dgains,
+            grad_gains,
             workspace.data_ptr(),
             workspace.numel(),
-            _call(x.shape[0], wide_gains, seed, place, device),
+            _call(tokens, wide_gains, seed, place, device),
         )
-    return outputs[0], outputs[1], outputs[2], outputs[3].to(gains.dtype)
+    return *found[:3], found[3].to(gains.dtype)
 
 
 def _call(

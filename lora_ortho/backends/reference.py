@@ -8,9 +8,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lora_ortho import mask_stream
+from lora_ortho.backends.base import Gradients, Needs
 from lora_ortho.problem import Place, Problem
-from lora_ortho.reference import merge, merge_gradients, wide_dtype
+from lora_ortho.reference import masks, merge, merge_gradients, wide_dtype
+
+name, preference, copies = "reference", 0, False
+devices: tuple[str, ...] | None = None
 
 
 class Packed(NamedTuple):
@@ -30,20 +33,8 @@ def supports(problem: Problem) -> None:
 
 
 def pack(
-    problem: Problem,
-    lora_A: Sequence[Tensor],
-    lora_B: Sequence[Tensor],
-    *,
-    out: Packed | None = None,
+    problem: Problem, lora_A: Sequence[Tensor], lora_B: Sequence[Tensor], out: Packed | None = None
 ) -> Packed:
-    """Bring checked factors, lora_A (r_j, d_in) and lora_B (d_out, r_j), into the layout to read.
-
-    The result is valid as long as the values in the factors do not change.
-
-    Args:
-        out: an earlier pack of the same problem, which a backend of a GPU writes over and returns:
-            captured graphs know its memory.
-    """
     aliases = [tuple(t.detach() for t in factors) for factors in (lora_A, lora_B)]
     return Packed(problem, *aliases)
 
@@ -57,21 +48,12 @@ def forward(
     place: Place,
     out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """One forward pass over checked arguments.
-
-    Args:
-        x, base: (tokens, d_in) and (tokens, d_out) or None, any strides.
-        gains: (K,) float64 on the CPU, float32 elsewhere.
-        seed: int in the signed 64-bit range, or an int64 tensor of one element.
-        out: contiguous (tokens, d_out) to write the output into; may be ``base``.
-    Returns:
-        y (tokens, d_out) and s = x Aᵀ (tokens, Σ r), contiguous, in the dtype of x.
-    """
+    problem, lora_A, lora_B = packed
     wide = wide_dtype(x.dtype)
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-        masks = _masks(packed.problem, x, seed, place)
-        y = merge(x, packed.lora_A, packed.lora_B, gains.to(wide), masks, base)
-        s = torch.cat([x.to(wide) @ A.to(wide).T for A in packed.lora_A], dim=1)
+        m = masks(problem, x.shape[0], seed, place, x.device)
+        y = merge(x, lora_A, lora_B, gains.to(wide), m, base)
+        s = torch.cat([x.to(wide) @ A.to(wide).T for A in lora_A], dim=1)
     return (y if out is None else out.copy_(y)), s.to(x.dtype)
 
 
@@ -83,41 +65,21 @@ def backward(
     gains: Tensor,
     seed: int | Tensor,
     place: Place,
-    needs: tuple[bool, bool, bool, bool],
+    needs: Needs,
     factor_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of :func:`forward`, from grad (tokens, d_out), any strides.
-
-    Args:
-        needs: which of the gradients in x, lora_A, lora_B and gains are wanted.
-        factor_dtype: of the gradients in lora_A and lora_B.
-    Returns:
-        dx (tokens, d_in) in the dtype of x; dA (Σ r, d_in), the blocks (r_j, d_in) of all adapters;
-        dB (d_out · Σ r,), their blocks (d_out, r_j), each contiguous; dgains (K,) in the dtype of
-        gains. Tensors of no elements where not wanted.
-    """
+) -> Gradients:
+    problem = packed.problem
     wide = wide_dtype(x.dtype)
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
         lora_A = [A.to(wide) for A in packed.lora_A]
         lora_B = [B.to(wide) for B in packed.lora_B]
-        masks = _masks(packed.problem, x, seed, place)
-        dx, dA, dB, dgains = merge_gradients(grad, x, lora_A, lora_B, gains, masks)
-        blocks = torch.cat([b.reshape(-1) for b in dB])
-        found = (dx, torch.cat(dA).to(factor_dtype), blocks.to(factor_dtype), dgains)
-    dx, dA_all, dB_all, dgains = (
-        tensor if needed else tensor.new_empty(0)
-        for tensor, needed in zip(found, needs, strict=True)
-    )
-    return dx, dA_all, dB_all, dgains
-
-
-def _masks(problem: Problem, x: Tensor, seed: int | Tensor, place: Place) -> list[Tensor]:
-    return mask_stream.masks(
-        mask_stream.seed_tensor(seed, x.device),
-        range(place.row_offset, place.row_offset + x.shape[0]),
-        range(place.col_offset, place.col_offset + problem.d_out),
-        problem.thresholds,
-        problem.method,
-        stream=place.stream,
-        sample=place.sample,
+        m = masks(problem, x.shape[0], seed, place, x.device)
+        grad_x, grads_A, grads_B, grad_gains = merge_gradients(grad, x, lora_A, lora_B, gains, m)
+        grad_A = torch.cat(grads_A).to(factor_dtype)
+        grad_B = torch.cat([block.reshape(-1) for block in grads_B]).to(factor_dtype)
+    return (
+        grad_x if needs.x else grad_x.new_empty(0),
+        grad_A if needs.A else grad_A.new_empty(0),
+        grad_B if needs.B else grad_B.new_empty(0),
+        grad_gains if needs.gains else grad_gains.new_empty(0),
     )

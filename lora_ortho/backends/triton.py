@@ -1,8 +1,9 @@
 """The Triton kernels: the layer's products by torch, everything of size tokens x d_out fused.
 
 Runs on NVIDIA and AMD GPUs; where Triton's interpreter is on (TRITON_INTERPRET=1), also on the CPU,
-slowly, for who asks for it by name. s = x Aᵀ, dx = ds A and dA = dsᵀ x are torch's own products, so
-they follow ``torch.backends.cuda.matmul.allow_tf32`` for float32; the kernels never use tf32.
+slowly, and only when named explicitly. s = x Aᵀ, grad_x = grad_s A and grad_A = grad_sᵀ x are
+torch's own products, so they follow ``torch.backends.cuda.matmul.allow_tf32`` for float32; the
+kernels never use tf32.
 """
 
 from __future__ import annotations
@@ -17,11 +18,16 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from lora_ortho._torch_internals import WIDE_OUTPUT, constant_in_graphs
+from lora_ortho.backends.base import Gradients, Needs, empty_gradients
+from lora_ortho.backends.native import METHODS
 from lora_ortho.mask_stream import seed_tensor
 from lora_ortho.problem import Place, Problem
 
 if TYPE_CHECKING:
     from lora_ortho.triton_kernels.launch import Factors
+
+name, devices, preference, copies = "triton", ("cuda",), 20, True
 
 OLDEST = (3, 6)  # as in pyproject.toml
 MAX_RANK = 256
@@ -57,16 +63,15 @@ def _interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
 
 
-# What torch.compiler.assume_constant_result sets; calling it would import torch's compiler here.
 for _function in (unavailable, interpreted):
-    setattr(_function, "_dynamo_marked_constant", True)  # noqa: B010
+    constant_in_graphs(_function)
 
 
 def supports(problem: Problem) -> str | None:
     """Why the kernels cannot serve a problem; None where they can."""
-    devices = ("cpu", "cuda") if interpreted() else ("cuda",)
-    if problem.device not in devices:
-        return f"x is on a {problem.device} device, and the kernels run on {' or '.join(devices)}"
+    served = ("cpu", "cuda") if interpreted() else devices
+    if problem.device not in served:
+        return f"x is on a {problem.device} device, and the kernels run on {' or '.join(served)}"
     if problem.dtype not in _DTYPES:
         return f"x is {problem.dtype}, and the kernels take float32, bfloat16 and float16"
     if max(problem.ranks) > MAX_RANK:
@@ -75,13 +80,9 @@ def supports(problem: Problem) -> str | None:
 
 
 def pack(
-    problem: Problem,
-    lora_A: Sequence[Tensor],
-    lora_B: Sequence[Tensor],
-    *,
-    out: Factors | None = None,
+    problem: Problem, lora_A: Sequence[Tensor], lora_B: Sequence[Tensor], out: Factors | None = None
 ) -> Factors:
-    """Factors in the dtype of x, each B padded to one width; see ``backends.reference.pack``."""
+    """Factors in the dtype of x, each B padded to one width."""
     out = _empty_factors(problem, lora_A[0].device) if out is None else out
     with torch.no_grad():
         torch.cat([A.to(problem.dtype) for A in lora_A], out=out.A)
@@ -100,7 +101,7 @@ def _empty_factors(problem: Problem, device: torch.device) -> Factors:
         shape = (len(ranks), problem.d_out, width_of(max(ranks)))
         B = torch.zeros(shape, dtype=dtype, device=device)
     rank = ranks[0] if len(set(ranks)) == 1 else 0
-    return Factors(problem.method, A, B, _table_on(problem, device), rank, sum(ranks))
+    return Factors(METHODS[problem.draw], A, B, _table_on(problem, device), rank, sum(ranks))
 
 
 @functools.lru_cache(maxsize=1024)
@@ -115,12 +116,10 @@ def _table(problem: Problem) -> list[list[int]]:
     one of its draws; its first column in s; its rank."""
     from lora_ortho.triton_kernels.mask_stream import signed
 
-    rows, low, first = [], 0, 0
-    for limit, rank in zip(problem.thresholds, problem.ranks, strict=True):
-        rows.append([signed(low << 16), signed((limit << 16) - 1), first, rank])
-        first += rank
-        if problem.method == "orthogonal":
-            low = limit
+    rows, column = [], 0
+    for (first, last), rank in zip(problem.intervals, problem.ranks, strict=True):
+        rows.append([signed(first << 16), signed((last << 16) + 0xFFFF), column, rank])
+        column += rank
     return rows
 
 
@@ -133,7 +132,6 @@ def forward(
     place: Place,
     out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """See ``backends.reference.forward``."""
     from lora_ortho.triton_kernels import forward as kernels
     from lora_ortho.triton_kernels.launch import gpu_of
 
@@ -155,51 +153,34 @@ def backward(
     gains: Tensor,
     seed: int | Tensor,
     place: Place,
-    needs: tuple[bool, bool, bool, bool],
+    needs: Needs,
     factor_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """See ``backends.reference.backward``."""
+) -> Gradients:
     from lora_ortho.triton_kernels import backward as kernels
     from lora_ortho.triton_kernels.launch import gpu_of
 
-    need_x, need_A, need_B, need_gains = needs
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False), _guard(x):
         if x.shape[0] == 0:
-            return _no_gradients(packed, grad, x, gains, needs, factor_dtype)
-        dx, dgains = x.new_empty(0), gains.new_empty(0)
-        dA, dB = (x.new_empty(0, dtype=factor_dtype) for _ in "AB")
+            return empty_gradients(
+                x, s, packed.B.shape[1], gains, needs, factor_dtype, Tensor.new_zeros
+            )
+        grad_x, grad_gains = x.new_empty(0), gains.new_empty(0)
+        grad_A, grad_B = (x.new_empty(0, dtype=factor_dtype) for _ in "AB")
         key = seed_tensor(seed, x.device)
         call = (packed, gpu_of(x.device), grad, s, gains.float(), key, place)
-        if need_x or need_A or need_gains:
-            launch, ds_parts, dgain_parts = kernels.grad_s(*call)
+        if needs.x or needs.A or needs.gains:
+            launch, grad_s_parts, grad_gain_parts = kernels.grad_s(*call)
             launch.run()
-            ds = _total(ds_parts, x.dtype)
-            dx = ds @ packed.A if need_x else dx
-            dA = _product(ds.T, x, factor_dtype) if need_A else dA
-            dgains = dgain_parts.sum(dim=(0, 2)).to(gains.dtype) if need_gains else dgains
-        if need_B:
-            launch, dB_parts = kernels.grad_B(*call, factor_dtype)
+            grad_s = _total(grad_s_parts, x.dtype)
+            grad_x = grad_s @ packed.A if needs.x else grad_x
+            grad_A = _product(grad_s.T, x, factor_dtype) if needs.A else grad_A
+            if needs.gains:
+                grad_gains = grad_gain_parts.sum(dim=(0, 2)).to(gains.dtype)
+        if needs.B:
+            launch, grad_B_parts = kernels.grad_B(*call, factor_dtype)
             launch.run()
-            dB = _total(dB_parts, factor_dtype)
-    return dx, dA, dB, dgains
-
-
-def _no_gradients(
-    packed: Factors,
-    grad: Tensor,
-    x: Tensor,
-    gains: Tensor,
-    needs: tuple[bool, bool, bool, bool],
-    factor_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of no rows: zeros."""
-    shapes = (x.shape, packed.A.shape, (packed.rank_sum * grad.shape[1],), gains.shape)
-    dtypes = (x.dtype, factor_dtype, factor_dtype, gains.dtype)
-    dx, dA, dB, dgains = (
-        x.new_zeros(shape if need else (0,), dtype=dtype)
-        for shape, dtype, need in zip(shapes, dtypes, needs, strict=True)
-    )
-    return dx, dA, dB, dgains
+            grad_B = _total(grad_B_parts, factor_dtype)
+    return grad_x, grad_A, grad_B, grad_gains
 
 
 def _guard(x: Tensor) -> AbstractContextManager[object]:
@@ -216,10 +197,6 @@ def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     """a b, accumulated in float32 and rounded once to ``dtype``."""
     if dtype == a.dtype:
         return a @ b
-    if a.is_cuda and dtype == torch.float32 and _WIDE_OUTPUT:
+    if a.is_cuda and dtype == torch.float32 and WIDE_OUTPUT:
         return torch.mm(a, b, out_dtype=torch.float32)
     return (a.float() @ b.float()).to(dtype)
-
-
-# torch.mm writes a wider dtype than it reads since 2.8, on GPUs.
-_WIDE_OUTPUT = tuple(int(n) for n in torch.__version__.split(".")[:2]) >= (2, 8)

@@ -12,7 +12,7 @@ from lora_ortho import backends
 from lora_ortho.adapters import fold, load_adapter
 from lora_ortho.adapters.tensor_file import open_regular, read_header
 from lora_ortho.mask_stream import UNIT, thresholds
-from lora_ortho.problem import Problem
+from lora_ortho.problem import Draw, Problem
 
 from .console import CliError, Progress
 from .merge_config import Lora, MergeConfig
@@ -92,7 +92,7 @@ def _check_backend(config: MergeConfig, device: torch.device, kind: str) -> None
     backends.check_name(config.backend)
     if config.backend is None:
         return
-    problem = Problem("direct", (UNIT,), 8, 8, (1,), dtype_of(config, kind), device.type)
+    problem = Problem(Draw.NONE, ((0, UNIT - 1),), 8, 8, (1,), dtype_of(config, kind), device.type)
     reason = backends.decline(config.backend, problem)
     if reason is not None:
         raise CliError(f"backend {config.backend!r} cannot serve this merge: {reason}")

@@ -287,14 +287,12 @@ def test_doctor_says_what_works(capsys: pytest.CaptureFixture[str]) -> None:
 def test_doctor_notices_wrong_masks(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from lora_ortho.backends import reference
+    from lora_ortho.reference import masks
 
     def shifted(*args: Any) -> Any:
-        masks = original(*args)
-        return [mask.roll(1, dims=1) for mask in masks]
+        return [mask.roll(1, dims=1) for mask in masks(*args)]
 
-    original = reference._masks
-    monkeypatch.setattr(reference, "_masks", shifted)
+    monkeypatch.setattr("lora_ortho.backends.reference.masks", shifted)
     assert main(["doctor"]) == 1
     out = capsys.readouterr().out
     assert "BROKEN: wrong output" in out

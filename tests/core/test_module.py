@@ -4,60 +4,17 @@ from __future__ import annotations
 
 import copy
 import io
-import pickle
-from typing import Any
 
 import pytest
 import torch
-from cases import METHODS, make, same_rank
+from cases import METHODS, make
+from layers import CASE, both_ways, build, by_op, changed_in_place
 from numerics import assert_one
-from packs import NEEDS_KERNELS, count_packs
 from servers import Server
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from lora_ortho import Adapter, FusedOrthoLoRALinear, fused_ortho_lora, mask_stream
-
-CASE = same_rank(6, 16, 40, 3, 4)
-
-
-def build(
-    dtype: torch.dtype = torch.float32, bias: bool = False, **arguments: Any
-) -> tuple[FusedOrthoLoRALinear, Tensor, list[Adapter]]:
-    """A module over an nn.Linear, an input, and its adapters."""
-    tensors = make(CASE, dtype)
-    adapters = [
-        Adapter(
-            A.clone(), B.clone(), scaling=0.5 + j, weight=1.5 - j, name=f"style {j}",
-            bias=torch.randn(40).to(dtype) if bias and j != 1 else None,
-        )
-        for j, (A, B) in enumerate(zip(tensors.lora_A, tensors.lora_B, strict=True))
-    ]  # fmt: skip
-    base = nn.Linear(16, 40).to(dtype)
-    return FusedOrthoLoRALinear(base, adapters, **{"seed": 7, **arguments}), tensors.x, adapters
-
-
-def by_op(module: FusedOrthoLoRALinear, x: Tensor, adapters: list[Adapter], **more: Any) -> Tensor:
-    """The same by the public op."""
-    settings = {"seed": module.seed, "stream": module.stream, "method": module.method, **more}
-    return fused_ortho_lora(
-        x,
-        [a.lora_A for a in adapters],
-        [a.lora_B for a in adapters],
-        scaling=[a.scaling for a in adapters],
-        weights=[a.weight for a in adapters],
-        base=module.base(x),
-        backend=module.backend,
-        **settings,
-    )
-
-
-def both_ways(module: FusedOrthoLoRALinear, x: Tensor) -> Tensor:
-    """The output without gradients, after a check that it has the bits of the one with them."""
-    with torch.no_grad():
-        short = module(x)
-    assert torch.equal(short, module(x.requires_grad_(x.dtype.is_floating_point)).detach())
-    return short
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -160,77 +117,6 @@ def test_stream_sample_and_weights_may_be_set(server: Server) -> None:
     assert not torch.equal(seen[1], seen[2])
 
 
-def changed_in_place(module: FusedOrthoLoRALinear) -> None:
-    with torch.no_grad():
-        module.adapters[1].lora_B.mul_(2)
-
-
-def changed_data(module: FusedOrthoLoRALinear) -> None:
-    module.adapters[0].lora_A.data = module.adapters[0].lora_A.data * 2
-
-
-def cut_rank(module: FusedOrthoLoRALinear) -> None:
-    """The same memory, read with another shape."""
-    factors = module.adapters[0]
-    factors.lora_A.data, factors.lora_B.data = factors.lora_A.data[:2], factors.lora_B.data[:, :2]
-
-
-def replaced(module: FusedOrthoLoRALinear) -> None:
-    factors = module.adapters[2]
-    value = torch.randn(40, 4)
-    factors.lora_B = nn.Parameter(value) if module.trainable else value
-
-
-def loaded(module: FusedOrthoLoRALinear) -> None:
-    module.load_state_dict({k: v + 0.5 for k, v in module.state_dict().items()})
-
-
-def rounded(module: FusedOrthoLoRALinear) -> None:
-    module.half().float()
-
-
-@pytest.mark.parametrize(
-    "change", [changed_in_place, changed_data, cut_rank, replaced, loaded, rounded]
-)
-@pytest.mark.parametrize("trainable", [False, True])
-def test_factors_are_packed_again_after_a_change(
-    server: Server, trainable: bool, change: Any
-) -> None:
-    module, x, _ = build(trainable=trainable, backend=server.backend)
-    before = both_ways(module, x)
-    change(module)
-    after = both_ways(module, x)
-    adapters = [
-        Adapter(f.lora_A.detach().clone(), f.lora_B.detach().clone(), 0.5 + j, 1.5 - j)
-        for j, f in enumerate(module.adapters)
-    ]
-    assert torch.equal(after, by_op(module, x, adapters).detach())
-    assert not torch.equal(before, after)
-
-
-@NEEDS_KERNELS
-def test_factors_are_packed_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    module, x, _ = build(trainable=True, backend="cpu")
-    packs = count_packs(monkeypatch)
-    with torch.no_grad():
-        for _ in range(3):
-            module(x)
-    assert len(packs) == 1
-    for _ in range(3):  # an optimiser may have been at work: in every call, once for both passes
-        module(x).sum().backward()
-    assert len(packs) == 4
-    with torch.no_grad():
-        for _ in range(3):
-            module(x)
-    assert len(packs) == 5
-    frozen, x, _ = build(backend="cpu")
-    for _ in range(3):  # gradients of the input alone leave the pack for calls without any
-        frozen(x.requires_grad_()).sum().backward()
-        with torch.no_grad():
-            frozen(x)
-    assert len(packs) == 7  # the op's and the prepared call's
-
-
 @pytest.mark.parametrize("trainable", [False, True])
 def test_state_dict_round_trips(trainable: bool) -> None:
     module, x, _ = build(trainable=trainable, bias=True)
@@ -246,16 +132,6 @@ def test_state_dict_round_trips(trainable: bool) -> None:
     assert torch.equal(both_ways(other, x), both_ways(module, x))
     names = {name for name, _ in module.named_parameters()}
     assert names == (set(module.state_dict()) if trainable else {"base.weight", "base.bias"})
-
-
-def test_copies_are_independent() -> None:
-    module, x, _ = build(trainable=True)
-    before = both_ways(module, x)
-    for other in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
-        assert torch.equal(both_ways(other, x), before)
-        changed_in_place(other)
-        assert not torch.equal(both_ways(other, x), before)
-        assert torch.equal(both_ways(module, x), before)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])

@@ -14,7 +14,7 @@ from servers import Server, interpreted
 
 from lora_ortho import fused_ortho_lora, packing
 from lora_ortho.backends import triton
-from lora_ortho.problem import Problem
+from lora_ortho.problem import Draw, Problem
 
 
 @pytest.fixture(params=[pytest.param("triton", marks=interpreted()), "cuda"])
@@ -89,6 +89,8 @@ def test_the_memory_of_the_ops_pack_is_written_again(gpu: Server) -> None:
 @interpreted()
 def test_tables_are_sent_once() -> None:
     """Nothing is copied from the host while a graph is captured: the table of limits is kept."""
-    problem = Problem("orthogonal", (30000, 60000), 8, 16, (2, 3), torch.float32, "cpu")
+    problem = Problem(
+        Draw.SHARED, ((0, 29999), (30000, 59999)), 8, 16, (2, 3), torch.float32, "cpu"
+    )
     A, B = [stale.normal(r, 8) for r in (2, 3)], [stale.normal(16, r) for r in (2, 3)]
     assert triton.pack(problem, A, B).table is triton.pack(problem, A, B).table

@@ -30,8 +30,8 @@ def test_the_device_has_a_backend(device: torch.device) -> None:
     """What backend=None takes is not the reference."""
     if device.type == "cuda":
         tensors = move(make(CASE, torch.bfloat16), CASE, device)
-        assert backends._PREFERENCE["cuda"][0] != "reference"
-        wanted = run(fused_ortho_lora, tensors, seed=1, backend=backends._PREFERENCE["cuda"][0])
+        assert backends.preferred("cuda")[0] != "reference"
+        wanted = run(fused_ortho_lora, tensors, seed=1, backend=backends.preferred("cuda")[0])
         assert same(run(fused_ortho_lora, tensors, seed=1), wanted)
 
 

@@ -67,7 +67,7 @@ def test_the_interpreter_serves_only_by_name(monkeypatch: pytest.MonkeyPatch) ->
     from lora_ortho.problem import Place, Rule, check
 
     tensors = make(CASE, torch.float32)
-    problem = check(Rule.make(2, None, None, "direct"), *tensors[:3], None, Place())
+    problem, _ = check(Rule.make(2, None, None, "direct"), *tensors[:3], None, Place())
     monkeypatch.setattr(cpu, "_REASON", "it was not built")
     assert backends.available()["triton"] is None
     assert backends.choose(None, problem) == "reference"

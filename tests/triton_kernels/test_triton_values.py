@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import test_masks
-import test_ops
+import test_op_graphs
 import test_packing
 import test_values
 import torch
@@ -114,14 +114,14 @@ def test_prepared_call_is_the_op(method: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_opcheck(dtype: torch.dtype) -> None:
     torch.use_deterministic_algorithms(False)
-    test_ops.test_opcheck("triton", dtype)
+    test_op_graphs.test_opcheck("triton", dtype)
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_compiled_op(method: str) -> None:
     torch.use_deterministic_algorithms(False)
     torch._dynamo.reset()
-    test_ops.test_compiled_op("triton", method)
+    test_op_graphs.test_compiled_op("triton", method)
     torch._dynamo.reset()
 
 

@@ -14,7 +14,8 @@ from torch.utils.checkpoint import checkpoint
 
 from lora_ortho import Adapter, FusedOrthoLoRALinear, fused_ortho_lora
 from lora_ortho.backends import cpu
-from lora_ortho.problem import METHODS
+from lora_ortho.call import Constants
+from lora_ortho.problem import METHODS, Draw, Place
 
 CASE = same_rank(10, 12, 34, 3, 4)
 BACKENDS = ["reference", *(["cpu"] if cpu.unavailable() is None else [])]
@@ -28,27 +29,28 @@ def _fresh_compiler(_poisoned: None) -> Iterator[None]:
     torch._dynamo.reset()
 
 
-def op_arguments(backend: str, dtype: torch.dtype) -> tuple[Any, ...]:
-    tensors = make(CASE, dtype)
-    gains = torch.tensor([1.0, 2.0, 0.5], dtype=torch.float64)
-    call = ([20000, 40000, 60000], "orthogonal", 1, 2, 3, 4, backend, False)
-    return (*tensors[:3], tensors.base, gains, torch.tensor(5), None, *call)
-
-
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_opcheck(backend: str, dtype: torch.dtype) -> None:
     """Schema, fakes, autograd registration and dynamic shapes, of both ops."""
-    x, lora_A, lora_B, base, gains, seed, _, *call = op_arguments(backend, dtype)
-    forward = torch.ops.lora_ortho.forward.default
+    x, lora_A, lora_B, _, base, grad = make(CASE, dtype)
+    gains = torch.tensor([1.0, 2.0, 0.5], dtype=torch.float64)
+    inputs = (x, lora_A, lora_B, gains, torch.tensor(5))
+    intervals = ((0, 19999), (20000, 39999), (40000, 59999))
+    constants = Constants(Draw.SHARED, intervals, Place(1, 2, 3, 4), backend, False).flat()
+    forward, backward = torch.ops.lora_ortho.forward.default, torch.ops.lora_ortho.backward.default
     for base_or_none, coordinates in ((base, None), (None, torch.tensor([1, 2, 3, 4]))):
-        given = (x, lora_A, lora_B, base_or_none, gains, seed, coordinates, *call)
-        torch.library.opcheck(forward, given)
-    backward = torch.ops.lora_ortho.backward.default
+        torch.library.opcheck(forward, (*inputs, coordinates, base_or_none, *constants))
     s = x @ torch.cat(lora_A).T
     for needs in [(True,) * 4, (True, False, False, False), (False, True, True, False)]:
-        arguments = (base, x, s, lora_A, lora_B, gains, seed, None, *call, *needs)
-        torch.library.opcheck(backward, arguments)
+        torch.library.opcheck(backward, (*inputs, None, grad, s, *constants, *needs))
+
+
+@pytest.mark.parametrize("draw", Draw)
+def test_constants_come_back_from_the_schema(draw: Draw) -> None:
+    constants = Constants(draw, ((0, 7), (8, 65535)), Place(1, 2, 3, 4), "cpu", True)
+    assert Constants.of(*constants.flat()) == constants
+    assert Constants.of(*constants.flat()).draw is draw
 
 
 @pytest.mark.parametrize("method", METHODS)
