@@ -18,7 +18,7 @@ DOCS = Path(__file__).resolve().parent
 MODULES: tuple[tuple[str, Sequence[str] | None], ...] = (
     ("lora_ortho", None),
     ("lora_ortho.adapters", None),
-    ("lora_ortho.backends", ("available",)),
+    ("lora_ortho.backends", ("available", "register", "unregister")),
     ("lora_ortho.mask_stream", ("draws", "winners", "thresholds", "masks")),
     ("lora_ortho.diagnostics", None),
     ("lora_ortho.doctor", ("diagnose", "Diagnosis", "self_check")),

@@ -126,7 +126,7 @@ def self_check(name: str) -> str:
     With x = 1, A_j = 1, B_j = j + 1 and p = (1/2, 1/2), an element is twice the number of its
     owner. The output and the gradient of each B are compared.
     """
-    on_gpu = name in ("triton", "cuda") and torch.cuda.is_available()
+    on_gpu = "cuda" in (backends.get(name).devices or ()) and torch.cuda.is_available()
     one = torch.ones(1, 1, device="cuda" if on_gpu else "cpu")
     lora_B = [one.new_full((len(_HALVES), 1), j + 1.0).requires_grad_() for j in range(2)]
     try:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lora_ortho._torch_internals import child, has_forward_hooks, own_tensors
 from lora_ortho.mixing import Choice, Mix, Mixer, Settings, Traced, checked_rates
 from lora_ortho.problem import Place, check_factors, check_pair, finite_numbers
 
@@ -271,7 +272,7 @@ class FusedOrthoLoRALinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) to (..., out_features), in the dtype that base gives."""
-        base: Any = self._modules["base"]
+        base = child(self, "base")
         return self.add(x, base(x), in_place=is_fresh(base))
 
     def add(self, x: Tensor, y: Tensor, *, in_place: bool = False) -> Tensor:
@@ -293,11 +294,7 @@ class FusedOrthoLoRALinear(nn.Module):
 
     def _tensors(self) -> list[Tensor]:
         """All lora_A, all lora_B, then the biases there are; as they are at this moment."""
-        adapters: Any = self._modules["adapters"]  # an attribute of a module costs 1 us
-        stores = [
-            module._parameters if self.trainable else module._buffers
-            for module in adapters._modules.values()
-        ]
+        stores = own_tensors(child(self, "adapters"), self.trainable)
         found = [store["lora_A"] for store in stores]
         found += [store["lora_B"] for store in stores]
         if any(self._mixer.biased):
@@ -342,8 +339,5 @@ def linear_sizes(module: object) -> tuple[int | None, int | None]:
 def is_fresh(base: nn.Module | None) -> bool:
     """True if the output of base belongs to nobody else, so that it may be written over."""
     return (
-        type(base) is nn.Linear
-        and not base._forward_hooks
-        and "forward" not in base.__dict__
-        and not nn.modules.module._global_forward_hooks
+        type(base) is nn.Linear and "forward" not in base.__dict__ and not has_forward_hooks(base)
     )

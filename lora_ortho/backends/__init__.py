@@ -99,12 +99,10 @@ def _rank() -> None:
 
 
 def _find() -> None:
-    """Registers every backend that is a file of this folder."""
-    files = [
-        importlib.import_module(f"{__name__}.{f.name}") for f in pkgutil.iter_modules(__path__)
-    ]
+    """Registers every backend that is a file of this folder: by device, the best of each first."""
+    files = [importlib.import_module(f"{__name__}.{f.name}") for f in pkgutil.iter_modules(__path__)]
     found: list[Any] = [file for file in files if hasattr(file, "preference")]
-    for backend in sorted(found, key=lambda backend: int(backend.preference)):
+    for backend in sorted(found, key=lambda backend: (backend.devices or (), -backend.preference)):
         register(backend)
 
 

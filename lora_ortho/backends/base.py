@@ -26,8 +26,8 @@ class Needs(NamedTuple):
 class Backend(Protocol[Packed]):
     """One way to compute the merge: a module, or an object, with these names.
 
-    ``Packed`` is the backend's own type for factors in the layout that it reads. Arguments were
-    checked before a backend is asked; it makes no copy of x, base or grad and accepts any strides.
+    ``Packed`` is the backend's own type for factors in the layout that it reads. Arguments are
+    checked before a backend is called.
     """
 
     @property
