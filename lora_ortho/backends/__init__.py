@@ -100,7 +100,9 @@ def _rank() -> None:
 
 def _find() -> None:
     """Registers every backend that is a file of this folder: by device, the best of each first."""
-    files = [importlib.import_module(f"{__name__}.{f.name}") for f in pkgutil.iter_modules(__path__)]
+    files = [
+        importlib.import_module(f"{__name__}.{f.name}") for f in pkgutil.iter_modules(__path__)
+    ]
     found: list[Any] = [file for file in files if hasattr(file, "preference")]
     for backend in sorted(found, key=lambda backend: (backend.devices or (), -backend.preference)):
         register(backend)
