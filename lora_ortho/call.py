@@ -80,7 +80,7 @@ class Constants(NamedTuple):
 
     @staticmethod
     def of(draw: str, ends: Sequence[int], *rest: Any) -> Constants:
-        """Out of :meth:`flat`."""
+        """The inverse of :meth:`flat`."""
         *place, backend, trained = rest
         intervals = tuple(zip(ends[::2], ends[1::2], strict=True))
         return Constants(Draw(draw), intervals, Place(*place), backend, trained)

@@ -259,11 +259,11 @@ def _check_sum(keep: list[float]) -> None:
         )
 
 
-def owners(u: Tensor, limits: Sequence[int]) -> Tensor:
-    """The first j with ``u < limits[j]``, -1 where there is none; int64, shape of ``u``."""
-    edges = torch.tensor(limits, dtype=u.dtype, device=u.device)
+def owners(u: Tensor, thresholds: Sequence[int]) -> Tensor:
+    """The first j with ``u < thresholds[j]``, -1 where there is none; int64, shape of ``u``."""
+    edges = torch.tensor(thresholds, dtype=u.dtype, device=u.device)
     owner = torch.bucketize(u, edges, right=True)
-    return torch.where(owner == len(limits), -1, owner)
+    return torch.where(owner == len(thresholds), -1, owner)
 
 
 def winners(
@@ -282,15 +282,15 @@ def winners(
     Returns:
         int64 tensor (len(rows), len(cols)): the owner's index, or -1 for nobody.
     """
-    limits, _ = thresholds(p, "orthogonal")
-    return owners(draws(seed, rows, cols, stream=stream, sample=sample), limits)
+    edges, _ = thresholds(p, "orthogonal")
+    return owners(draws(seed, rows, cols, stream=stream, sample=sample), edges)
 
 
 def masks(
     seed: int | Tensor,
     rows: Indices,
     cols: Indices,
-    limits: Sequence[int],
+    thresholds: Sequence[int],
     method: str,
     *,
     stream: int = 0,
@@ -299,15 +299,17 @@ def masks(
     """The K masks of a method, as bool tensors (len(rows), len(cols)).
 
     Args:
-        limits: the thresholds of :func:`thresholds`; the others as for :func:`draws`.
+        thresholds: K, of the function of that name; the others as for :func:`draws`.
     """
     if method == "orthogonal":
-        owner = owners(draws(seed, rows, cols, stream=stream, sample=sample), limits)
-        return [owner == j for j in range(len(limits))]
+        owner = owners(draws(seed, rows, cols, stream=stream, sample=sample), thresholds)
+        return [owner == j for j in range(len(thresholds))]
     if method == "dropout":
         return [
-            draws(seed, rows, cols, stream=stream, sample=sample, lane_set=j) < limit
-            for j, limit in enumerate(limits)
+            draws(seed, rows, cols, stream=stream, sample=sample, lane_set=j) < threshold
+            for j, threshold in enumerate(thresholds)
         ]
     shape = (len(rows), len(cols))
-    return [torch.ones(shape, dtype=torch.bool, device=_device_of(seed, rows, cols))] * len(limits)
+    return [torch.ones(shape, dtype=torch.bool, device=_device_of(seed, rows, cols))] * len(
+        thresholds
+    )

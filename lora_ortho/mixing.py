@@ -71,7 +71,7 @@ def _mix(
     on = [j for j, weight in enumerate(weights) if keep_zero_weights or weight != 0.0]
     if not on:
         return Mix(method, (), (), Rule.make(1, None, None, method))
-    (default, *_) = mask_stream.default_rates(len(on))
+    default = mask_stream.default_rates(len(on))[0]
     members = tuple(range(len(p)) if method == "dropout" else on)
     rates = tuple(default if p[j] is None else float(p[j]) for j in members)  # type: ignore[arg-type]
     rule = Rule.make(len(members), rates, [scaling[j] for j in members], method)

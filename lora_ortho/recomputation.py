@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from lora_ortho._torch_internals import is_custom_forward, settled
+from lora_ortho.problem import Place
 
 if TYPE_CHECKING:
     from lora_ortho.mixing import Settings
@@ -75,8 +76,7 @@ def _difference(before: Settings, now: Settings) -> str:
         "p": (before.mix.p, now.mix.p),
         "weights": (before.mix.rule.gains, now.mix.rule.gains),
         "seed": (before.seed, now.seed),
-        "stream": (before.place.stream, now.place.stream),
-        "sample": (before.place.sample, now.place.sample),
+        **{name: (getattr(before.place, name), getattr(now.place, name)) for name in Place._fields},
         "backend": (before.backend, now.backend),
     }
     changed = [f"{name} ({a!r} to {b!r})" for name, (a, b) in parts.items() if a != b]

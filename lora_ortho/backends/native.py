@@ -20,7 +20,7 @@ METHODS = {Draw.SHARED: "orthogonal", Draw.OWN: "dropout", Draw.NONE: "direct"}
 
 
 def layer(problem: Problem) -> tuple[str, str, int, int, list[int], list[int]]:
-    """Method, dtype, d_in, d_out, ranks and thresholds, as the extension's classes take them."""
+    """A problem as the extension's classes take it."""
     return (
         METHODS[problem.draw],
         DTYPE_NAMES[problem.dtype],

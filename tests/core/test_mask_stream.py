@@ -88,8 +88,8 @@ def test_golden_thresholds(directive: str, method: str) -> None:
 def test_golden_owners() -> None:
     lines = cases("owner")
     assert lines
-    for (u, *limits), (owner,) in lines:
-        found = mask_stream.owners(torch.tensor([int(u)]), [int(limit) for limit in limits])
+    for (u, *thresholds), (owner,) in lines:
+        found = mask_stream.owners(torch.tensor([int(u)]), [int(T) for T in thresholds])
         assert found.tolist() == [int(owner)]
 
 
@@ -130,11 +130,11 @@ def test_signed_and_unsigned_seeds_are_the_same_64_bits() -> None:
 
 def test_winners_are_the_first_thresholds_above_the_draws() -> None:
     p = [0.75, 0.5, 0.8]
-    limits, _ = mask_stream.thresholds(p, "orthogonal")
+    thresholds, _ = mask_stream.thresholds(p, "orthogonal")
     u = mask_stream.draws(5, range(40), range(50), stream=2, sample=3)
     found = mask_stream.winners(5, range(40), range(50), p, stream=2, sample=3)
     expected = [
-        [next((j for j, limit in enumerate(limits) if v < limit), -1) for v in row]
+        [next((j for j, T in enumerate(thresholds) if v < T), -1) for v in row]
         for row in u.tolist()
     ]
     assert found.dtype == torch.int64
@@ -242,6 +242,6 @@ def test_rates_out_of_range(p: list[float], method: str, message: str) -> None:
 def test_a_sum_that_rounds_to_just_above_one_counts_as_one() -> None:
     for count in (3, 6, 7, 49):
         p = [(count - 1) / count] * count
-        limits, _ = mask_stream.thresholds(p, "orthogonal")
-        assert limits[-1] == 65536
+        thresholds, _ = mask_stream.thresholds(p, "orthogonal")
+        assert thresholds[-1] == 65536
     assert sum(1 - rate for rate in [6 / 7] * 7) > 1

@@ -30,7 +30,7 @@ def spelled(
     method: str, adapters: int, rank: int, d_out: int, dtype: torch.dtype, p: list[float]
 ) -> tuple[list[Tensor], list[Tensor], list[float], list[int]]:
     """Factors and scalings with which x = 1 gives the sum of 2**j over the adapters that act."""
-    limits, keep = mask_stream.thresholds(p, method)
+    thresholds, keep = mask_stream.thresholds(p, method)
     lora_A, lora_B = [], []
     for j in range(adapters):
         A, B = torch.zeros(rank, 1, dtype=dtype), torch.zeros(d_out, rank, dtype=dtype)
@@ -38,7 +38,7 @@ def spelled(
         B[:, j % rank] = 2.0**j
         lora_A.append(A)
         lora_B.append(B)
-    return lora_A, lora_B, keep, limits
+    return lora_A, lora_B, keep, thresholds
 
 
 def rates(method: str, adapters: int) -> list[float]:
@@ -51,7 +51,7 @@ def rates(method: str, adapters: int) -> list[float]:
 
 
 def codes(
-    seed: int, tokens: int, d_out: int, limits: list[int], method: str, place: dict
+    seed: int, tokens: int, d_out: int, thresholds: list[int], method: str, place: dict
 ) -> Tensor:
     """What the spelled factors should give, from the mask stream."""
     row, col = place.get("row_offset", 0), place.get("col_offset", 0)
@@ -59,7 +59,7 @@ def codes(
         seed,
         range(row, row + tokens),
         range(col, col + d_out),
-        limits,
+        thresholds,
         method,
         stream=place.get("stream", 0),
         sample=place.get("sample", 0),
@@ -74,12 +74,12 @@ def test_forward(server: Server, dtype: torch.dtype, method: str, place: dict) -
     for number, (adapters, rank) in enumerate(SHAPES):
         tokens, d_out, seed = 1 + 9 * number, 269 - number, SEEDS[number]
         p = rates(method, adapters)
-        lora_A, lora_B, keep, limits = spelled(method, adapters, rank, d_out, dtype, p)
+        lora_A, lora_B, keep, thresholds = spelled(method, adapters, rank, d_out, dtype, p)
         y = fused_ortho_lora(
             torch.ones(tokens, 1, dtype=dtype), lora_A, lora_B, p=p, scaling=keep,
             method=method, seed=seed, backend=server.backend, **place,
         )  # fmt: skip
-        assert torch.equal(y.double(), codes(seed, tokens, d_out, limits, method, place))
+        assert torch.equal(y.double(), codes(seed, tokens, d_out, thresholds, method, place))
 
 
 @pytest.mark.parametrize("place", PLACES, ids=range(len(PLACES)))
@@ -92,7 +92,7 @@ def test_backward(server: Server, dtype: torch.dtype, method: str, place: dict) 
         tokens, d_out, seed = 5 + 2 * number, 261 + number, SEEDS[number]
         p = rates(method, adapters)
         wide = torch.float64 if dtype == torch.float64 else torch.float32  # of the gradients
-        lora_A, lora_B, keep, limits = spelled(method, adapters, rank, d_out, wide, p)
+        lora_A, lora_B, keep, thresholds = spelled(method, adapters, rank, d_out, wide, p)
         leaves = [t.requires_grad_() for t in (*lora_A, *lora_B)]
         x = (2.0 ** torch.arange(tokens)).to(dtype)[:, None]
         y = fused_ortho_lora(
@@ -102,7 +102,7 @@ def test_backward(server: Server, dtype: torch.dtype, method: str, place: dict) 
         y.backward(torch.ones_like(y))
         row, col = place.get("row_offset", 0), place.get("col_offset", 0)
         masks = mask_stream.masks(
-            seed, range(row, row + tokens), range(col, col + d_out), limits, method,
+            seed, range(row, row + tokens), range(col, col + d_out), thresholds, method,
             stream=place.get("stream", 0), sample=place.get("sample", 0),
         )  # fmt: skip
         for j, mask in enumerate(masks):
@@ -140,17 +140,17 @@ def test_two_halves_are_the_whole(server: Server, dtype: torch.dtype, method: st
 @pytest.mark.parametrize("method", ["orthogonal", "dropout"])
 def test_threads_do_not_change_masks(server: Server, threads: int, method: str) -> None:
     p = rates(method, 3)
-    lora_A, lora_B, keep, limits = spelled(method, 3, 16, 1030, torch.float32, p)
+    lora_A, lora_B, keep, thresholds = spelled(method, 3, 16, 1030, torch.float32, p)
     y = fused_ortho_lora(
         torch.ones(513, 1), lora_A, lora_B, p=p, scaling=keep, method=method, seed=5,
         backend=server.backend,
     )  # fmt: skip
-    assert torch.equal(y.double(), codes(5, 513, 1030, limits, method, {}))
+    assert torch.equal(y.double(), codes(5, 513, 1030, thresholds, method, {}))
 
 
 def test_masks_never_overlap() -> None:
     """Owners are single by construction; here in what the kernels multiply."""
     p = [0.5, 0.7, 0.8]
-    limits, _ = mask_stream.thresholds(p, "orthogonal")
-    masks = mask_stream.masks(3, range(2000), range(2048), limits, "orthogonal")
+    thresholds, _ = mask_stream.thresholds(p, "orthogonal")
+    masks = mask_stream.masks(3, range(2000), range(2048), thresholds, "orthogonal")
     assert int(torch.stack(masks).sum(0).max()) == 1

@@ -43,8 +43,8 @@ def test_adapter_bias_is_masked_with_the_adapter(
 ) -> None:
     """base + Σ gain_j m_j (B_j A_j x + b_j), against float64 and plain torch in the same dtype."""
     module, x, adapters = build(dtype, bias=True, method=method, backend=server.backend)
-    limits, keep = mask_stream.thresholds([2 / 3] * 3, method)
-    masks = mask_stream.masks(7, range(6), range(40), limits, method)
+    thresholds, keep = mask_stream.thresholds([2 / 3] * 3, method)
+    masks = mask_stream.masks(7, range(6), range(40), thresholds, method)
 
     def written_out(wide: torch.dtype, absolute: bool = False) -> Tensor:
         def of(tensor: Tensor) -> Tensor:

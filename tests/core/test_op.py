@@ -36,8 +36,8 @@ def test_defaults_are_equal_rates_and_unit_weights(server: Server) -> None:
         stream=0, sample=0, row_offset=0, col_offset=0, backend=server.backend,
     )  # fmt: skip
     assert torch.equal(short, full)
-    limits, keep = mask_stream.thresholds(p, "orthogonal")
-    masks = mask_stream.masks(3, range(24), range(70), limits, "orthogonal")
+    thresholds, keep = mask_stream.thresholds(p, "orthogonal")
+    masks = mask_stream.masks(3, range(24), range(70), thresholds, "orthogonal")
     expected = merge(*tensors[:3], [1 / q for q in keep], masks)
     torch.testing.assert_close(short, expected, rtol=1e-12, atol=1e-12)
 

@@ -16,8 +16,8 @@ def test_formula_element_by_element() -> None:
     """Against sums of Python floats."""
     x, lora_A, lora_B, _, base, _ = make(CASE, torch.float64)
     gains = [1.5, -2.0]
-    limits, _ = mask_stream.thresholds([0.5, 0.6], "orthogonal")
-    masks = mask_stream.masks(5, range(3), range(5), limits, "orthogonal")
+    thresholds, _ = mask_stream.thresholds([0.5, 0.6], "orthogonal")
+    masks = mask_stream.masks(5, range(3), range(5), thresholds, "orthogonal")
     y = merge(x, lora_A, lora_B, gains, masks, base)
     for row in range(3):
         for col in range(5):
@@ -32,8 +32,8 @@ def test_formula_element_by_element() -> None:
 @pytest.mark.parametrize("method", METHODS)
 def test_gradients_written_out_are_autograds(method: str) -> None:
     x, lora_A, lora_B, _, _, grad = make(same_rank(9, 11, 30, 3, 4), torch.float64)
-    limits, _ = mask_stream.thresholds([2 / 3] * 3, method)
-    masks = mask_stream.masks(5, range(9), range(30), limits, method)
+    thresholds, _ = mask_stream.thresholds([2 / 3] * 3, method)
+    masks = mask_stream.masks(5, range(9), range(30), thresholds, method)
     gains = torch.tensor([1.5, -2.0, 0.5], dtype=torch.float64)
     leaves = [t.requires_grad_() for t in (x, gains, *lora_A, *lora_B)]
     y = merge(x, lora_A, lora_B, gains, masks)

@@ -88,7 +88,7 @@ def test_the_memory_of_the_ops_pack_is_written_again(gpu: Server) -> None:
 
 @interpreted()
 def test_tables_are_sent_once() -> None:
-    """Nothing is copied from the host while a graph is captured: the table of limits is kept."""
+    """Nothing is copied from the host while a graph is captured: the table of intervals is kept."""
     problem = Problem(
         Draw.SHARED, ((0, 29999), (30000, 59999)), 8, 16, (2, 3), torch.float32, "cpu"
     )

@@ -39,7 +39,7 @@ def formula(
     """The merge of these adapters by plain torch, each on its own lane set."""
     place: Any = {"stream": stream}
     rows, cols = range(X.shape[0]), range(D_OUT)
-    limits, keep = mask_stream.thresholds(p, method)
+    thresholds, keep = mask_stream.thresholds(p, method)
     owner = None
     if method == "orthogonal":
         owner = mask_stream.winners(SEED, rows, cols, p, **place)
@@ -49,7 +49,7 @@ def formula(
         elif method == "direct":
             mask = torch.ones(len(rows), len(cols), dtype=torch.bool)
         else:
-            mask = mask_stream.draws(SEED, rows, cols, lane_set=lanes[j], **place) < limits[j]
+            mask = mask_stream.draws(SEED, rows, cols, lane_set=lanes[j], **place) < thresholds[j]
         delta = X @ part.lora_A.T @ part.lora_B.T
         delta = delta if part.bias is None else delta + part.bias
         y = y + weight / keep[j] * mask * delta

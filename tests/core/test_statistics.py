@@ -63,8 +63,8 @@ def test_frequencies_of_owners(p: list[float]) -> None:
 
 def test_frequencies_of_independent_masks() -> None:
     """Each adapter's and each pair's: the masks of two lane sets are independent."""
-    limits, keep = mask_stream.thresholds(UNEQUAL, "dropout")
-    masks = mask_stream.masks(7, range(2000), range(1024), limits, "dropout")
+    thresholds, keep = mask_stream.thresholds(UNEQUAL, "dropout")
+    masks = mask_stream.masks(7, range(2000), range(1024), thresholds, "dropout")
     total = masks[0].numel()
     for i, first in enumerate(masks):
         for j, second in enumerate(masks):

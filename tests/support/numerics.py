@@ -34,10 +34,10 @@ def masks_of(
 ) -> tuple[list[Tensor], list[float]]:
     """The masks of a case, and the keep probabilities they realise."""
     count = len(case.ranks)
-    limits, keep = mask_stream.thresholds(case.p or [1 - 1 / count] * count, method)
+    thresholds, keep = mask_stream.thresholds(case.p or [1 - 1 / count] * count, method)
     rows = range(row_offset, row_offset + case.tokens)
     cols = range(col_offset, col_offset + case.d_out)
-    return mask_stream.masks(seed, rows, cols, limits, method, **place), keep
+    return mask_stream.masks(seed, rows, cols, thresholds, method, **place), keep
 
 
 def _gradients(function: Callable[..., Tensor], tensors: Tensors) -> Results:
