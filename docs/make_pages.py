@@ -123,16 +123,14 @@ def _prose(text: str) -> list[str]:
 
 def support() -> str:
     """The text of docs/adapters_support.md."""
-    from lora_ortho.adapters import (
-        converters,
+    from lora_ortho.adapters.files import (
+        diffusers_kohya,
         image_file,
-        parents,
         peft_config,
         peft_folder,
-        peft_layers,
-        report,
         tensor_file,
     )
+    from lora_ortho.adapters.models import parents, peft_layers, report
 
     fused, delta = f"`{report.FUSED}`", f"`{report.DELTA}`"
     convolution, skipped = f"`{report.CONVOLUTION}`", f"`{report.SKIPPED}`"
@@ -208,7 +206,7 @@ def support() -> str:
         "A key of diffusers begins with the part of the pipeline; one of kohya's has the layer's "
         "name with underscores, and is looked up in the model: two matches are an error. Layers "
         "that are numbered otherwise go through diffusers' own converters for "
-        + ", ".join(f"`{name}`" for name in sorted(converters._CONVERTERS))
+        + ", ".join(f"`{name}`" for name in sorted(diffusers_kohya._CONVERTERS))
         + "; those of other programs (`diffusion_model.…` of ComfyUI, musubi's names on Wan) only "
         "diffusers reads: `pipeline.load_lora_weights`, then `attach`.",
         _table(

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from .attach import Attachment, attach, detach
-from .errors import AdapterFileError
 from .export import Exported, export
-from .inject import Injection, inject
-from .load import load_adapter
+from .files.errors import AdapterFileError
+from .files.load import load_adapter
 from .loaded import LoadedAdapter
 from .merge import adapters_of, merge_adapters
-from .report import LayerReport
+from .models.attach import Attachment, attach, detach
+from .models.inject import Injection, inject
+from .models.report import LayerReport
 from .streams import assign_streams
 
 __all__ = [

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from .in_place import ADAPTERS
+from .models.in_place import ADAPTERS
 from .streams import assign_part_streams
 
 # Modules that stand for the one inside them, by their class: the child that they hold. By name, so

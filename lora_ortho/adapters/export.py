@@ -20,10 +20,10 @@ from lora_ortho.problem import DTYPES
 
 from .base_weights import why_not_peft
 from .components import base_modules, components, join
-from .export_files import LOADABLE, peft_files, pipeline_files, stranger, with_equal_ranks
 from .export_source import Source, resolve
+from .files.export_files import LOADABLE, peft_files, pipeline_files, stranger, with_equal_ranks
+from .files.made import METADATA
 from .loaded import LoadedAdapter
-from .made import METADATA
 from .merge import merge_adapters
 
 

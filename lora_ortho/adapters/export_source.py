@@ -11,14 +11,14 @@ from torch import Tensor, nn
 
 from lora_ortho.module import Adapter, FusedOrthoLoRALinear
 
-from . import peft_layers
-from .attach import Attachment
 from .components import components, is_pipeline
-from .inject import Injection
 from .loaded import LoadedAdapter, checked_adapters
 from .merge import adapters_of
-from .peft_checks import pick, tuner_layers
-from .peft_layers import Shared
+from .models import peft_layers
+from .models.attach import Attachment
+from .models.inject import Injection
+from .models.peft_checks import pick, tuner_layers
+from .models.peft_layers import Shared
 
 
 @dataclass(frozen=True)

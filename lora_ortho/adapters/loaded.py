@@ -11,9 +11,9 @@ from torch import Tensor
 
 from lora_ortho.module import Adapter
 
-from .errors import AdapterFileError
-from .peft_config import CONFIG_FILE
-from .tensor_file import Entry
+from .files.errors import AdapterFileError
+from .files.peft_config import CONFIG_FILE
+from .files.tensor_file import Entry
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,9 @@ from lora_ortho.problem import finite_numbers
 
 from . import fold
 from .components import components, named
+from .files.peft_config import reader_settings
 from .loaded import LoadedAdapter, agreed, checked_adapters
-from .peft_checks import (
+from .models.peft_checks import (
     configs_of,
     layer_problems,
     merged_on,
@@ -27,7 +28,6 @@ from .peft_checks import (
     tuner_layers,
     warn_of_changed_bases,
 )
-from .peft_config import reader_settings
 from .streams import assign_streams
 
 

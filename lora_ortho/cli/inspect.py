@@ -11,8 +11,8 @@ from typing import Any
 from torch import Tensor
 
 from lora_ortho.adapters import AdapterFileError, LoadedAdapter, load_adapter
-from lora_ortho.adapters.names import titles
-from lora_ortho.adapters.tensor_file import read_tensors
+from lora_ortho.adapters.files.names import titles
+from lora_ortho.adapters.files.tensor_file import read_tensors
 from lora_ortho.diagnostics import Pair, Report, by_pair, inspect
 
 from .console import (

@@ -10,7 +10,7 @@ import torch
 
 from lora_ortho import backends
 from lora_ortho.adapters import fold, load_adapter
-from lora_ortho.adapters.tensor_file import open_regular, read_header
+from lora_ortho.adapters.files.tensor_file import open_regular, read_header
 from lora_ortho.mask_stream import UNIT, thresholds
 from lora_ortho.problem import Draw, Problem
 

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from lora_ortho.adapters import LoadedAdapter, load_adapter
-from lora_ortho.adapters.export_files import DIFFUSERS_FILE
-from lora_ortho.adapters.names import titles
-from lora_ortho.adapters.peft_config import CONFIG_FILE
-from lora_ortho.adapters.peft_folder import TENSOR_FILE
-from lora_ortho.adapters.tensor_file import open_regular
+from lora_ortho.adapters.files.export_files import DIFFUSERS_FILE
+from lora_ortho.adapters.files.names import titles
+from lora_ortho.adapters.files.peft_config import CONFIG_FILE
+from lora_ortho.adapters.files.peft_folder import TENSOR_FILE
+from lora_ortho.adapters.files.tensor_file import open_regular
 from lora_ortho.problem import METHODS
 
 from .console import CliError

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_ortho.adapters import inject
-from lora_ortho.adapters.inject import Injection
+from lora_ortho.adapters.models.inject import Injection
 
 from .console import CliError, Progress, one_line, quieten, table, weights_text
 from .merge_checks import device_of, dtype_of, read_text

@@ -36,7 +36,7 @@ from mergekit.merge_methods.registry import register, registered_methods
 
 from lora_ortho.adapters import LoadedAdapter, assign_streams
 from lora_ortho.adapters.base_weights import lies_transposed
-from lora_ortho.adapters.tensor_file import open_regular
+from lora_ortho.adapters.files.tensor_file import open_regular
 from lora_ortho.cli.console import CliError, one_line
 from lora_ortho.cli.merge_config import read_config
 from lora_ortho.module import Adapter

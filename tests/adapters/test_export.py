@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 import torch
 from adapter_files import write_file
+from image_tensors import kohya
 from models import KINDS, SUBJECTS, Subject, adapted
 from peft_models import Small, X, layer, make
 from safetensors import safe_open
 from safetensors.torch import load_file
-from test_adapters_images import kohya
 from torch import Tensor, nn
 
 import lora_ortho
@@ -521,7 +521,7 @@ def test_a_failure_on_the_way_leaves_what_was_there(
     if force:
         export(model, tmp_path / "refused")
         before = (tmp_path / "refused" / "adapter_model.safetensors").read_bytes()
-    files: Any = sys.modules["lora_ortho.adapters.export_files"]
+    files: Any = sys.modules["lora_ortho.adapters.files.export_files"]
     for place, name in ((files, "save"), (os, "rename")):
 
         def fail(*_: Any, **__: Any) -> None:

@@ -231,3 +231,35 @@ def adapted(subject: Subject, *kinds: str, base: nn.Module | None = None) -> Any
     fill(model)
     model.base_model.set_adapter(list(kinds))
     return model
+
+
+def layers_of(model: nn.Module) -> dict[str, Any]:
+    """PEFT's layers by the names they have in the bare model."""
+    library("peft")
+    from peft.tuners.lora import LoraLayer
+
+    prefix = "base_model.model."
+    return {
+        name.removeprefix(prefix): module
+        for name, module in model.named_modules()
+        if isinstance(module, LoraLayer)
+    }
+
+
+def pipeline() -> Any:
+    """A Stable Diffusion XL pipeline of tiny parts, which is never run as a whole."""
+    diffusers, transformers = library("diffusers"), library("transformers")
+    text = transformers.CLIPTextConfig(
+        hidden_size=12, intermediate_size=16, num_attention_heads=2, num_hidden_layers=1,
+        vocab_size=99, projection_dim=16, bos_token_id=0, eos_token_id=1, pad_token_id=1,
+    )  # fmt: skip
+    torch.manual_seed(2)
+    return diffusers.StableDiffusionXLPipeline(
+        vae=None,
+        text_encoder=transformers.CLIPTextModel(text).eval(),
+        text_encoder_2=transformers.CLIPTextModelWithProjection(text).eval(),
+        tokenizer=None,
+        tokenizer_2=None,
+        unet=SUBJECTS["unet"].make(),
+        scheduler=None,
+    )

@@ -9,12 +9,12 @@ from typing import Any
 from torch import nn
 
 from lora_ortho import backends
+from lora_ortho.adapters.components import Named, components
 from lora_ortho.mask_stream import SAMPLE_LIMIT, check_in_range, check_seed
 from lora_ortho.problem import check_method, finite_numbers
 
 from . import injected, peft_layers
 from .attention_scale import ScaleHook
-from .components import Named, components
 from .passes import FirstPass, Mark, Passes, remove_hooks
 from .peft_checks import (
     layer_problems,

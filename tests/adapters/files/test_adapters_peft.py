@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_adapters_inject import Model, X
+from block_model import Model, X
 from torch import nn
 
 from lora_ortho.adapters import AdapterFileError, inject, load_adapter
@@ -107,7 +107,7 @@ def test_every_field_of_peft_is_known(tmp_path: Path) -> None:
     """A configuration that PEFT writes with all defaults names no field we do not know."""
     import dataclasses
 
-    from lora_ortho.adapters.peft_config import HONOURED, NO_EFFECT, REFUSED
+    from lora_ortho.adapters.files.peft_config import HONOURED, NO_EFFECT, REFUSED
 
     fields = {field.name for field in dataclasses.fields(peft.LoraConfig)}
     assert fields - HONOURED - NO_EFFECT - set(REFUSED) == set()

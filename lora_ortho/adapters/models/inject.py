@@ -9,18 +9,18 @@ from typing import Any
 
 from torch import nn
 
+from lora_ortho.adapters.components import components, named
+from lora_ortho.adapters.files.targets import Shape
+from lora_ortho.adapters.loaded import LoadedAdapter, checked_adapters
 from lora_ortho.mixing import Mix
 from lora_ortho.module import Adapter
 from lora_ortho.problem import check_method, finite_numbers
 
 from .attention_scale import scale_hooks
-from .components import components, named
 from .injected import ConvolutionAdapters, LayerAdapters
-from .loaded import LoadedAdapter, checked_adapters
 from .passes import Passes
 from .report import FUSED, SKIPPED, Handle, LayerReport, Layers, served_how
 from .sites import Site, Sites
-from .targets import Shape
 
 _KEEP: Any = object()  # "leave this setting as it is"; None means something else
 

@@ -17,7 +17,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from lora_ortho.adapters import AdapterFileError, load_adapter
-from lora_ortho.adapters.tensor_file import MAX_FILE, MAX_HEADER, read_header
+from lora_ortho.adapters.files.tensor_file import MAX_FILE, MAX_HEADER, read_header
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])

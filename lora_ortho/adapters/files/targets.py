@@ -10,9 +10,9 @@ from typing import Any
 
 from torch import nn
 
+from lora_ortho.adapters.components import base_modules, components, join, missing_parts
 from lora_ortho.module import linear_sizes
 
-from .components import base_modules, components, join, missing_parts
 from .errors import AdapterFileError
 from .renamed import Renamings
 

@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 import torch
 from adapter_files import refused_file, write_file
-from models import SUBJECTS, adapted
-from test_attach_models import pipeline
+from models import SUBJECTS, adapted, pipeline
 from torch import Tensor, nn
 
 from lora_ortho import inject, load_adapter

@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from lora_ortho.adapters.components import Named
+from lora_ortho.adapters.files.targets import Shape, shape_of
+from lora_ortho.adapters.loaded import LoadedAdapter
 from lora_ortho.module import FusedOrthoLoRALinear
 
-from .components import Named
 from .in_place import replaced_forward
 from .injected import of
-from .loaded import LoadedAdapter
 from .parents import uncalled
-from .targets import Shape, shape_of
 
 
 @dataclass(frozen=True)

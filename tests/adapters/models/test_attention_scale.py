@@ -11,14 +11,13 @@ from typing import Any
 
 import pytest
 import torch
-from models import SUBJECTS, fill, library
-from test_attach_models import pipeline
+from models import SUBJECTS, fill, library, pipeline
 from torch import Tensor, nn
 
 import lora_ortho
 from lora_ortho import attach, inject
 from lora_ortho.adapters import adapters_of
-from lora_ortho.adapters.attention_scale import argument_of
+from lora_ortho.adapters.models.attention_scale import argument_of
 
 ARGUMENTS = {"unet": "cross_attention_kwargs", "flux": "joint_attention_kwargs"}
 TARGETS = ["to_q", "to_v", "proj_out"]

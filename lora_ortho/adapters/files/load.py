@@ -6,10 +6,11 @@ import os
 from pathlib import Path
 from typing import Any
 
+from lora_ortho.adapters.loaded import LoadedAdapter
+
 from .errors import AdapterFileError
 from .export_files import DIFFUSERS_FILE
 from .image_file import read_image_file
-from .loaded import LoadedAdapter
 from .names import title_of
 from .peft_config import CONFIG_FILE
 from .peft_folder import TENSOR_FILE, read_folder

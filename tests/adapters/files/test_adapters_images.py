@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 from adapter_files import refused_file, write_file
-from models import SUBJECTS, Subject, adapted, library
-from test_attach_models import layers_of, pipeline
+from image_tensors import diffused, factors, kohya
+from models import SUBJECTS, Subject, adapted, layers_of, library, pipeline
 from torch import Tensor, nn
 
 import lora_ortho
@@ -24,34 +24,6 @@ IMAGES = ["unet", "flux"]
 @pytest.fixture(params=IMAGES)
 def subject(request: pytest.FixtureRequest) -> Subject:
     return SUBJECTS[request.param]
-
-
-def factors(model: Any, name: str) -> dict[str, tuple[Tensor, Tensor, float]]:
-    """lora_A, lora_B and scaling of a PEFT model's adapter, by layer."""
-    return {
-        layer: (m.lora_A[name].weight.data, m.lora_B[name].weight.data, m.scaling[name])
-        for layer, m in layers_of(model).items()
-        if name in m.lora_A
-    }
-
-
-def kohya(model: Any, name: str, prefix: str = "lora_unet_") -> dict[str, Tensor]:
-    """The same in kohya's layout."""
-    found = {}
-    for layer, (A, B, scaling) in factors(model, name).items():
-        stem = prefix + layer.replace(".", "_")
-        found[f"{stem}.lora_down.weight"], found[f"{stem}.lora_up.weight"] = A, B
-        found[f"{stem}.alpha"] = torch.tensor(scaling * A.shape[0], dtype=torch.float64)
-    return found
-
-
-def diffused(model: Any, name: str, part: str) -> dict[str, Tensor]:
-    """The same in diffusers' layout, which has no alpha: the scaling goes into lora_B."""
-    found = {}
-    for layer, (A, B, scaling) in factors(model, name).items():
-        found[f"{part}.{layer}.lora_A.weight"] = A
-        found[f"{part}.{layer}.lora_B.weight"] = B * scaling
-    return found
 
 
 @torch.no_grad()
@@ -271,7 +243,7 @@ def test_alphas_that_diffusers_would_not_end_with(tmp_path: Path, alpha: float) 
     words = [
         str(path),
         str(tmp_path / "found.pt"),
-        str(Path(__file__).resolve().parents[1] / "support"),
+        str(Path(__file__).resolve().parents[2] / "support"),
     ]
     subprocess.run([sys.executable, "-c", program, *words], check=True, timeout=120)
     found = torch.load(tmp_path / "found.pt")

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from .components import containers
+from lora_ortho.adapters.components import containers
 
 
 class Renamings:

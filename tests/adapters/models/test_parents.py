@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lora_ortho import Adapter, attach, inject
 from lora_ortho.adapters import LoadedAdapter
-from lora_ortho.adapters.parents import READERS
+from lora_ortho.adapters.models.parents import READERS
 
 peft = pytest.importorskip("peft", reason="PEFT is not installed: nothing to attach to")
 

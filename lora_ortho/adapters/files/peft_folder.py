@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .components import base_modules
+from lora_ortho.adapters.components import base_modules
+from lora_ortho.adapters.loaded import LoadedAdapter, Piece, assemble, check_shapes
+
 from .errors import AdapterFileError
-from .loaded import LoadedAdapter, Piece, assemble, check_shapes
 from .made import warn_of_other_masks
 from .peft_config import (
     CONFIG_FILE,

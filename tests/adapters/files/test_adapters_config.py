@@ -14,8 +14,8 @@ import torch
 from adapter_files import PREFIX, config, refused, tensors, write
 
 from lora_ortho.adapters import load_adapter
-from lora_ortho.adapters.layer_patterns import LayerPatterns
-from lora_ortho.adapters.peft_config import PeftConfig
+from lora_ortho.adapters.files.layer_patterns import LayerPatterns
+from lora_ortho.adapters.files.peft_config import PeftConfig
 
 
 @pytest.mark.parametrize(

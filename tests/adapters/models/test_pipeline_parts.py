@@ -11,8 +11,7 @@ from typing import Any
 import pytest
 import torch
 from adapter_files import refused_file, write_file
-from models import SUBJECTS, adapted, library
-from test_attach_models import pipeline
+from models import SUBJECTS, adapted, library, pipeline
 from torch import Tensor, nn
 
 import lora_ortho

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from .components import Named
+from lora_ortho.adapters.components import Named
 
 
 @dataclass(frozen=True)

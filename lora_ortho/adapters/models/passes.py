@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from .components import Named, base_modules, containers, is_compiled, join
+from lora_ortho.adapters.components import Named, base_modules, containers, is_compiled, join
+
 from .parents import uncalled
 
 

@@ -14,10 +14,10 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from lora_ortho.adapters.base_weights import lies_transposed
+from lora_ortho.adapters.loaded import LoadedAdapter
 from lora_ortho.module import Adapter
 
-from .base_weights import lies_transposed
-from .loaded import LoadedAdapter
 from .peft_config import CONFIG_FILE
 from .peft_folder import PREFIX, TENSOR_FILE
 

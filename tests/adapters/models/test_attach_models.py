@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from models import NAMES, SUBJECTS, Subject, adapted, library
+from models import NAMES, SUBJECTS, Subject, adapted, layers_of, library, pipeline
 from torch import Tensor, nn
 
 import lora_ortho
-from lora_ortho.adapters.convolution import selectors
+from lora_ortho.adapters.models.convolution import selectors
 
 THREE = ("plain", "rslora", "offset")
 
@@ -19,19 +19,6 @@ THREE = ("plain", "rslora", "offset")
 @pytest.fixture(params=NAMES)
 def subject(request: pytest.FixtureRequest) -> Subject:
     return SUBJECTS[request.param]
-
-
-def layers_of(model: nn.Module) -> dict[str, Any]:
-    """PEFT's layers by the names they have in the bare model."""
-    library("peft")
-    from peft.tuners.lora import LoraLayer
-
-    prefix = "base_model.model."
-    return {
-        name.removeprefix(prefix): module
-        for name, module in model.named_modules()
-        if isinstance(module, LoraLayer)
-    }
 
 
 def tensors_of(model: nn.Module) -> list[tuple[str, int, int]]:
@@ -175,25 +162,6 @@ def test_masks_of_a_convolution_are_those_of_its_places() -> None:
     owner = owner.view(n, height, width, channels).movedim(-1, 1)
     expected = sum(torch.where(owner == j, 2 * delta, 0.0) for j, delta in enumerate(single))
     torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-9)
-
-
-def pipeline() -> Any:
-    """A Stable Diffusion XL pipeline of tiny parts, which is never run as a whole."""
-    diffusers, transformers = library("diffusers"), library("transformers")
-    text = transformers.CLIPTextConfig(
-        hidden_size=12, intermediate_size=16, num_attention_heads=2, num_hidden_layers=1,
-        vocab_size=99, projection_dim=16, bos_token_id=0, eos_token_id=1, pad_token_id=1,
-    )  # fmt: skip
-    torch.manual_seed(2)
-    return diffusers.StableDiffusionXLPipeline(
-        vae=None,
-        text_encoder=transformers.CLIPTextModel(text).eval(),
-        text_encoder_2=transformers.CLIPTextModelWithProjection(text).eval(),
-        tokenizer=None,
-        tokenizer_2=None,
-        unet=SUBJECTS["unet"].make(),
-        scheduler=None,
-    )
 
 
 @torch.no_grad()

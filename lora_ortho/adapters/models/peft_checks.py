@@ -9,10 +9,11 @@ from typing import Any
 
 from torch import nn
 
+from lora_ortho.adapters.components import Named, Parts, components, named, peft_package
+from lora_ortho.adapters.files.peft_config import HARMLESS_INITS
+
 from . import peft_layers
-from .components import Named, Parts, components, named, peft_package
 from .parents import uncalled
-from .peft_config import HARMLESS_INITS
 from .report import SKIPPED, LayerReport
 
 _SHOWN = 5  # problems listed in one message

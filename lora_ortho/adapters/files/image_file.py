@@ -9,10 +9,11 @@ from pathlib import Path
 
 from torch import Tensor
 
-from .converters import convert, needs_converter
+from lora_ortho.adapters.loaded import LoadedAdapter, Piece, assemble, check_shapes
+
+from .diffusers_kohya import convert, needs_converter
 from .errors import AdapterFileError
 from .export_files import DIFFUSERS_METADATA
-from .loaded import LoadedAdapter, Piece, assemble, check_shapes
 from .made import warn_of_other_masks
 from .peft_config import CONFIG_FILE, MAX_NAME, PeftConfig, parse_peft_config
 from .peft_folder import PREFIX, foreign, one_adapter
