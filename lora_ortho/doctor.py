@@ -15,6 +15,7 @@ import torch
 
 from lora_ortho import backends, fused_ortho_lora, mask_stream
 from lora_ortho.backends import cpu
+from lora_ortho.messages import one_line
 
 # MASK_STREAM.md, "Known answers": draws of row 0, columns 0 to 9.
 KNOWN_SEED = 0x0123456789ABCDEF
@@ -35,19 +36,34 @@ PACKAGES = (
     ("mergekit", "mergekit", "lora_ortho.plugins.mergekit"),
     ("fusion-bench", "fusion_bench", "lora_ortho.plugins.fusion_bench"),
 )
-# What to do about a backend that does not work: the first pattern found in its reason.
+# What to do about a backend that does not work, by the first pattern found in its reason; and what
+# where torch is a build for CPUs, on which no package beside it helps.
 _REINSTALL = "then pip install again"
-_ADVICE = (
-    ("broken installation", "uninstall lora_ortho and install it again"),
-    ("without its compiled", f"install a C++17 compiler and CMake, {_REINSTALL}"),
-    ("this version of lora_ortho has no", "install a newer lora_ortho"),
-    ("triton cannot be imported", "pip install triton"),
-    ("triton .* is older than", "install a newer torch: its builds for GPUs bring their Triton"),
-    ("(?i)built without|without cuda|nvcc", f"install the CUDA toolkit (nvcc), {_REINSTALL}"),
-    ("(?i)driver", "install or update the NVIDIA driver; nvidia-smi must list a device"),
+_NVCC = f"install the CUDA toolkit (nvcc), {_REINSTALL}"
+_OTHER_TORCH = (
+    "a machine with a GPU, and a build of torch with CUDA or ROCm (this one has neither), which "
+    "brings Triton"
+)
+_ADVICE: tuple[tuple[str, str, str | None], ...] = (
+    ("broken installation", "uninstall lora_ortho and install it again", None),
+    ("without its compiled", f"install a C++17 compiler and CMake, {_REINSTALL}", None),
+    ("this version of lora_ortho has no", "install a newer lora_ortho", None),
+    ("triton cannot be imported", "pip install triton", _OTHER_TORCH),
+    (
+        "triton .* is older than",
+        "install a newer torch: its builds for GPUs bring their Triton",
+        None,
+    ),
+    ("(?i)built without|without cuda|nvcc", _NVCC, f"{_OTHER_TORCH}; there, {_NVCC}"),
+    (
+        "(?i)driver",
+        "install or update the NVIDIA driver; nvidia-smi must list a device",
+        _OTHER_TORCH,
+    ),
     (
         "(?i)gpu|cuda|device",
-        "an NVIDIA GPU and a torch built with CUDA (torch.cuda.is_available())",
+        "an NVIDIA GPU that torch sees (torch.cuda.is_available())",
+        _OTHER_TORCH,
     ),
 )
 
@@ -133,7 +149,7 @@ def self_check(name: str) -> str:
         y = fused_ortho_lora(one, [one, one], lora_B, seed=KNOWN_SEED, backend=name)
         grads = torch.autograd.grad(y.sum(), lora_B)
     except Exception as error:  # whatever it is, it is what this check is for
-        return f"{type(error).__name__}: {' '.join(str(error).split())}"
+        return f"{type(error).__name__}: {one_line(error)}"
     wanted = [2.0 * (owner + 1) for owner in _HALVES]
     if y.flatten().tolist() != wanted:
         return f"wrong output: {y.flatten().tolist()}, expected {wanted}"
@@ -149,11 +165,15 @@ def check_draws() -> str:
     return "ok" if drawn == list(KNOWN_DRAWS) else f"drew {drawn}, expected {list(KNOWN_DRAWS)}"
 
 
-def advice(reason: str) -> str:
-    """What to do about a backend that does not work for this reason."""
-    for pattern, text in _ADVICE:
+def advice(reason: str, torch_for_gpus: bool) -> str:
+    """What to do about a backend that does not work for this reason.
+
+    Args:
+        torch_for_gpus: torch is a build with CUDA or ROCm, whether or not there is a device.
+    """
+    for pattern, text, on_cpu_build in _ADVICE:
         if re.search(pattern, reason):
-            return text
+            return text if torch_for_gpus or on_cpu_build is None else on_cpu_build
     return "see README.md"
 
 
@@ -172,7 +192,8 @@ def _backend(name: str) -> Backend:
     except Exception as error:  # parts of different versions
         reason = f"broken installation: {type(error).__name__}: {error}"
     if reason is not None:
-        return Backend(name, reason, advice(reason), None)
+        for_gpus = bool(torch.version.cuda or torch.version.hip)
+        return Backend(name, reason, advice(reason, for_gpus), None)
     check = self_check(name)
     if name == "reference" and check == "ok":
         check = check_draws()

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from lora_ortho.merges import merge_adapters
+
 from .export import Exported, export
 from .files.errors import AdapterFileError
 from .files.load import load_adapter
 from .loaded import LoadedAdapter
-from .merge import adapters_of, merge_adapters
 from .models.attach import Attachment, attach, detach
 from .models.inject import Injection, inject
+from .models.peft_adapters import adapters_of
 from .models.report import LayerReport
 from .streams import assign_streams
 

@@ -10,7 +10,6 @@ from typing import Any
 
 from torch import nn
 
-from .models.in_place import ADAPTERS
 from .streams import assign_part_streams
 
 # Modules that stand for the one inside them, by their class: the child that they hold. By name, so
@@ -29,6 +28,7 @@ _WRAPPERS = {
     "torch.optim.swa_utils.AveragedModel": "module",
     "deepspeed.runtime.engine.DeepSpeedEngine": "module",
 }
+ADAPTERS = "_lora_ortho"  # under this name a layer holds what was put beside its own weights
 _LORA_PARTS = "_lora_loadable_modules"  # the parts for which diffusers itself reads adapters
 
 

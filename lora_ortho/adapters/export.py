@@ -16,15 +16,15 @@ from torch import nn
 
 import lora_ortho
 from lora_ortho import mask_stream
+from lora_ortho.merges import METHODS, merge_adapters
 from lora_ortho.problem import DTYPES
 
 from .base_weights import why_not_peft
-from .components import base_modules, components, join
+from .components import components, named
 from .export_source import Source, resolve
-from .files.export_files import LOADABLE, peft_files, pipeline_files, stranger, with_equal_ranks
+from .files.export_files import LOADABLE, export_files, stranger, with_equal_ranks
 from .files.made import METADATA
 from .loaded import LoadedAdapter
-from .merge import merge_adapters
 
 
 @dataclass(frozen=True)
@@ -64,10 +64,12 @@ def export(
     dtype: torch.dtype | None = None,
     model: Any = None,
     force: bool = False,
+    **parameters: Any,
 ) -> Exported:
     """Writes a merge of adapters as one ordinary adapter: a folder, whole or not at all.
 
-    The adapter has rank Σ r_j, no scaling of its own, and the masks of `ortho_rows` in its lora_B.
+    The adapter has no scaling of its own; of `direct` and `ortho_rows` it has rank Σ r_j, and the
+    masks of `ortho_rows` are in its lora_B.
     Of a model it is a folder of PEFT; of a pipeline the file that diffusers writes, which
     `pipe.load_lora_weights(path)` reads (its header holds PEFT's configuration of every part), and
     beside it what PEFT writes for the part, in a subfolder for each where there are several. The
@@ -78,9 +80,10 @@ def export(
         source: a module with PEFT layers or a pipeline that has such, attached or not; the handle
             of `attach` or `inject`; or a list of what `load_adapter` gave.
         path: of the new folder.
-        method: "direct" (an exact concatenation) or "ortho_rows" (what the orthogonal method gives
-            for row 0 of this seed and sample, for every token). The masks of the other methods
-            change from token to token and are no weight.
+        method: a merge of `lora_ortho.merges.METHODS` that gives factors: "direct" (an exact
+            concatenation) or "ortho_rows" (what the orthogonal method gives for row 0 of this seed
+            and sample, for every token). The masks of the other methods change from token to token
+            and are no weight.
         adapters: of a module: names in merge order; None takes those that are active.
         p: a dropout rate for each adapter; None takes those of the attachment or injection, else
             1 - 1/K on a layer that K of them adapt.
@@ -96,6 +99,7 @@ def export(
         dtype: of the written factors; None is float32, or float64 where a factor has it.
         model: the base model or pipeline of loaded adapters: then their layers are looked up in it.
         force: replaces a folder that is there, if it is empty or an adapter and nothing else.
+        parameters: of the merge itself, where it has some.
     Raises:
         TypeError, ValueError: an argument or adapter that does not fit, by name.
         FileExistsError: path exists, and force is not set or would delete something else.
@@ -108,7 +112,10 @@ def export(
     folder = Path(path)
     _check_free(folder, force)
     found = resolve(source, model, adapters, p, weights, seed, sample, keep_zero_weights)
-    modules = {} if found.model is None else _modules(found.model)
+    parts = None if found.model is None else components(found.model)
+    entries = [] if parts is None else named(parts)
+    modules = {entry.name: entry.module for entry in entries}
+    streams = None if parts is None else {entry.name: entry.stream for entry in entries}
     _check_layers(found, modules)
     merged, errors = merge_adapters(
         found.adapters,
@@ -118,14 +125,15 @@ def export(
         seed=found.seed,
         sample=found.sample,
         rank=rank,
-        model=found.model,
+        streams=streams,
         keep_zero_weights=found.keep_zero_weights,
+        **parameters,
     )
     if equal_ranks:
         merged = with_equal_ranks(merged)
-    made = _made(found, method, rank, max(errors.values()))
-    write = pipeline_files if merged.parts else peft_files
-    _write(folder, write(merged, modules, dtype, {METADATA: json.dumps(made)}), force)
+    made = _made(found, method, parameters, rank, max(errors.values()))
+    files = export_files(merged, modules, dtype, {METADATA: json.dumps(made)})
+    _write(folder, files, force)
     return Exported(folder, {n: a.lora_A.shape[0] for n, a in merged.layers.items()}, errors)
 
 
@@ -147,15 +155,6 @@ def _check_free(folder: Path, force: bool) -> None:
         )
 
 
-def _modules(model: Any) -> dict[str, nn.Module]:
-    """Every module of a model or pipeline by its name without PEFT."""
-    return {
-        join(part, name): module
-        for part, root in components(model).items()
-        for name, module in base_modules(root)
-    }
-
-
 def _check_layers(source: Source, modules: Mapping[str, nn.Module]) -> None:
     """ValueError for a layer whose adapter neither PEFT nor diffusers could read back."""
     loadable = getattr(source.model, "_lora_loadable_modules", None)
@@ -168,16 +167,25 @@ def _check_layers(source: Source, modules: Mapping[str, nn.Module]) -> None:
                     f"that part alone, as a folder of PEFT: load_adapter(..., part={part!r}), "
                     f"export(..., model=pipeline.{part})"
                 )
+            if source.model is not None and name not in modules:
+                raise ValueError(f"model has no layer {name}, which {adapter.name!r} adapts")
             reason = why_not_peft(modules.get(name))
             if reason is not None:
                 raise ValueError(f"layer {name}, adapter {adapter.name!r}: {reason}")
 
 
-def _made(source: Source, method: str, rank: int | None, largest_error: float) -> dict[str, Any]:
+def _made(
+    source: Source,
+    method: str,
+    parameters: Mapping[str, Any],
+    rank: int | None,
+    largest_error: float,
+) -> dict[str, Any]:
     """How it was made, for the metadata; what masks it has, where there are any."""
-    drawn = method != "direct"
+    drawn = METHODS[method].draws
     return {
         "method": method,
+        **({"parameters": dict(parameters)} if parameters else {}),
         "adapters": _inputs(source),
         "mask_stream": mask_stream.VERSION if drawn else None,
         "seed": source.seed if drawn else None,

@@ -13,10 +13,10 @@ from lora_ortho.module import Adapter, FusedOrthoLoRALinear
 
 from .components import components, is_pipeline
 from .loaded import LoadedAdapter, checked_adapters
-from .merge import adapters_of
 from .models import peft_layers
 from .models.attach import Attachment
 from .models.inject import Injection
+from .models.peft_adapters import adapters_of
 from .models.peft_checks import pick, tuner_layers
 from .models.peft_layers import Shared
 

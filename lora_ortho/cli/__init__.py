@@ -1,4 +1,4 @@
-"""The command line: ``lora-ortho inspect | merge | bench | doctor``.
+"""The command line: ``lora-ortho inspect | merge | methods | bench | doctor``.
 
 Exit status 0 if all went well, 1 if something failed, 2 for wrong usage. Errors are one line on
 standard error; results go to standard output, progress to standard error.
@@ -12,9 +12,9 @@ import sys
 from collections.abc import Sequence
 
 from lora_ortho import __version__
+from lora_ortho.messages import one_line
 
-from . import bench, doctor, inspect, merge
-from .console import one_line
+from . import bench, doctor, inspect, merge, methods
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -25,8 +25,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for module in (inspect, merge, bench, doctor):
-        module.add_parser(commands)
+    for module in (inspect, merge, methods, bench, doctor):
+        own = module.add_parser(commands)
+        own.set_defaults(parser=own)
     return parser
 
 
@@ -35,7 +36,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     # The benchmarks have a parser of their own.
     own, rest = (given[:1], given[1:]) if given[:1] == ["bench"] else (given, [])
-    args = build_parser().parse_args(own)
+    args, unknown = build_parser().parse_known_args(own)
+    if unknown:  # the whole parser would show its own usage
+        args.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     args.rest = rest
     try:
         status: int = args.run(args)

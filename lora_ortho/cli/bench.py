@@ -11,13 +11,14 @@ from .console import CliError
 MODULE = "lora_ortho.benchmarks"
 
 
-def add_parser(commands: Any) -> None:
-    parser = commands.add_parser(
+def add_parser(commands: Any) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(
         "bench",
         help="the microbenchmarks on this machine, as a table and a plot",
         description=f"Runs {MODULE}; `lora-ortho bench --help` shows its options.",
     )
     parser.set_defaults(run=run)
+    return parser
 
 
 def run(args: argparse.Namespace) -> int:

@@ -15,16 +15,13 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
+from lora_ortho.messages import one_line
+
 _QUIET_SECONDS = 1.0  # nothing is said of work that takes less
 
 
 class CliError(RuntimeError):
     """Something the user can put right; the message is the one line to show."""
-
-
-def one_line(error: BaseException) -> str:
-    """The message of an error without line breaks, or its kind where it has none."""
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 def in_words_of(error: BaseException, option: str) -> str:

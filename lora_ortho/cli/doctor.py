@@ -11,8 +11,8 @@ from lora_ortho.doctor import Diagnosis, diagnose
 from .console import Progress, add_common, to_json
 
 
-def add_parser(commands: Any) -> None:
-    parser = commands.add_parser(
+def add_parser(commands: Any) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(
         "doctor",
         help="which backends work here, and what to do about those that do not",
         description="Versions, backends with a tiny self-check, instruction set, OpenMP. Exit "
@@ -20,6 +20,7 @@ def add_parser(commands: Any) -> None:
     )
     add_common(parser)
     parser.set_defaults(run=run)
+    return parser
 
 
 def run(args: argparse.Namespace) -> int:

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from lora_ortho.adapters import AdapterFileError, LoadedAdapter, load_adapter
 from lora_ortho.adapters.files.names import titles
-from lora_ortho.adapters.files.tensor_file import read_tensors
+from lora_ortho.adapters.files.tensor_file import TensorFile
 from lora_ortho.diagnostics import Pair, Report, by_pair, inspect
+from lora_ortho.merge_config import MergeConfig
 
 from .console import (
     CliError,
@@ -28,13 +29,12 @@ from .console import (
     write_whole,
 )
 from .merge import load_base
-from .merge_config import MergeConfig
 
 _SHOWN_LAYERS = 5  # of the layers with the most overlap, without --layers
 
 
-def add_parser(commands: Any) -> None:
-    parser = commands.add_parser(
+def add_parser(commands: Any) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(
         "inspect",
         help="what is in these adapters, do they fit each other, how much do they overlap",
         description="Compares adapters layer by layer from their factors; no model is needed. "
@@ -63,13 +63,14 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--force", action="store_true", help="replace an existing --plot file")
     add_common(parser)
     parser.set_defaults(run=run)
+    return parser
 
 
 def run(args: argparse.Namespace) -> int:
     """Exit status 0 if the adapters can be merged, 1 if not."""
     if args.plot is not None:
         check_free(args.plot, args.force)
-        from .heat_map import draw  # an error about matplotlib comes before the work
+        from .overlap import draw  # an error about matplotlib comes before the work
     with Progress(args.quiet) as progress:
         adapters = _load(args.paths, args.model, progress)
         inputs = dict(_read_inputs(text) for text in args.inputs)
@@ -103,7 +104,8 @@ def _read_inputs(text: str) -> tuple[str, dict[str, Tensor]]:
     name, equals, file = text.partition("=")
     if not (name and equals and file):
         raise CliError(f"--inputs must be NAME=FILE, got {text!r}")
-    return name, read_tensors(Path(file)).tensors
+    with TensorFile(Path(file)) as opened:
+        return name, opened.read().tensors
 
 
 def as_text(report: Report, every_layer: bool = False) -> str:

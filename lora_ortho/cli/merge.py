@@ -7,15 +7,16 @@ from pathlib import Path
 from typing import Any
 
 from lora_ortho.adapters import AdapterFileError
+from lora_ortho.merge_config import MergeConfig, read_config
+from lora_ortho.merges import METHODS, Gives
 
 from .console import CliError, Progress, add_common, in_words_of, to_json
 from .merge_checks import check_config, check_export
-from .merge_config import MergeConfig, read_config
 from .merge_results import Made, Unfinished, check_results, keep, write_results
 
 
-def add_parser(commands: Any) -> None:
-    parser = commands.add_parser(
+def add_parser(commands: Any) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(
         "merge",
         help="load, merge, evaluate or export; reads the paper's [[loras]] tables as they are",
         description="Runs the direct, the dropout and the orthogonal merge of a TOML file's "
@@ -38,7 +39,7 @@ def add_parser(commands: Any) -> None:
         "--method",
         default="direct",
         metavar="METHOD",
-        help="of --export: direct (default) or ortho_rows",
+        help=f"of --export: {_exportable()}; direct if not given (`lora-ortho methods`)",
     )
     parser.add_argument("--rank", type=int, help="of --export: reduce to this rank")
     parser.add_argument(
@@ -49,6 +50,12 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--force", action="store_true", help="replace results that exist")
     add_common(parser)
     parser.set_defaults(run=run)
+    return parser
+
+
+def _exportable() -> str:
+    names = [name for name, method in METHODS.items() if method.gives is Gives.FACTORS]
+    return " or ".join([", ".join(names[:-1]), names[-1]])
 
 
 def run(args: argparse.Namespace) -> int:

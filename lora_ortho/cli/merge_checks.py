@@ -9,13 +9,14 @@ from pathlib import Path
 import torch
 
 from lora_ortho import backends
-from lora_ortho.adapters import fold, load_adapter
-from lora_ortho.adapters.files.tensor_file import open_regular, read_header
+from lora_ortho.adapters import load_adapter
+from lora_ortho.adapters.files.tensor_file import TensorFile, open_regular
 from lora_ortho.mask_stream import UNIT, thresholds
+from lora_ortho.merge_config import Lora, MergeConfig
+from lora_ortho.merges import Gives, method_named
 from lora_ortho.problem import Draw, Problem
 
 from .console import CliError, Progress
-from .merge_config import Lora, MergeConfig
 
 # What follows a layer's name in the keys of a file, in every layout that is read.
 _LEAF = re.compile(r"\.lora[._].*|_lora\..*|\.(alpha|dora_scale)$")
@@ -50,11 +51,12 @@ def check_config(config: MergeConfig, kind: str, progress: Progress) -> None:
 
 def check_export(config: MergeConfig, method: str) -> None:
     """What an export can be refused for without the model; raises as `check_config`."""
-    if method not in fold.METHODS:
-        fold.fold(method, ())  # raises, and says which are weights
+    merge = method_named(method)
+    if merge.gives is not Gives.FACTORS:
+        raise CliError(f"method {method!r} gives a dense weight, which no adapter holds")
     layers = {config.names[j]: _layers(config, config.loras[j], "language") for j in config.on}
-    if method == "ortho_rows":
-        _check_rates(config, layers, ("orthogonal",))
+    if merge.draws:
+        _check_rates(config, layers, (merge.masks,))
 
 
 def device_of(config: MergeConfig) -> torch.device:
@@ -122,7 +124,8 @@ def _layers(config: MergeConfig, lora: Lora, kind: str) -> set[str]:
 
 def file_layers(path: Path) -> set[str]:
     """What stands before lora_A, lora_down and the like in the keys of a safetensors file."""
-    return {_LEAF.sub("", key) for key in read_header(path)}
+    with TensorFile(path) as opened:
+        return {_LEAF.sub("", key) for key in opened.entries}
 
 
 def _check_rates(

@@ -11,11 +11,12 @@ from typing import Any
 import torch
 
 from lora_ortho.adapters import attach
+from lora_ortho.merge_config import Lora, MergeConfig
+from lora_ortho.messages import one_line
 
-from .console import CliError, Progress, one_line, quieten, table, weights_text
+from .console import CliError, Progress, quieten, table, weights_text
 from .merge_checks import device_of, dtype_of
-from .merge_config import Lora, MergeConfig
-from .merge_results import Made, Unfinished
+from .merge_results import GRID, Made, Unfinished, folder_of
 
 _LABEL = 22  # pixels above each row of the grid
 _NARROWEST = 160  # pixels that a label needs
@@ -189,9 +190,9 @@ def as_text(result: dict[str, Any]) -> str:
 
 def write(folder: Path, made: Pictures) -> None:
     """grid.png, and every picture as it is in a folder for each row."""
-    grid(made).save(folder / "grid.png")
+    grid(made).save(folder / GRID)
     for key, images in made.items():
-        own = folder / key.replace("/", "_")
+        own = folder / folder_of(key)
         own.mkdir()
         for number, image in enumerate(images):
             image.save(own / f"{number}.png")

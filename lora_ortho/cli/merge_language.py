@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 from lora_ortho.adapters import inject
 from lora_ortho.adapters.models.inject import Injection
+from lora_ortho.merge_config import MergeConfig
+from lora_ortho.messages import one_line
 
-from .console import CliError, Progress, one_line, quieten, table, weights_text
+from .console import CliError, Progress, quieten, table, weights_text
 from .merge_checks import device_of, dtype_of, read_text
-from .merge_config import MergeConfig
 from .merge_results import Made, Unfinished
 
 _WINDOW = 256  # tokens evaluated at once

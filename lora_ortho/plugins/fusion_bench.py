@@ -1,4 +1,4 @@
-"""FusionBench (0.2): an algorithm that folds LoRA factors into the pretrained model of a pool.
+"""FusionBench (0.2): an algorithm that merges LoRA factors into the pretrained model of a pool.
 
 The pool holds the base model as ``_pretrained_`` and adapters, read by `lora_ortho.load_adapter`;
 no fine-tuned model is written or loaded. A Hydra configuration names it by ``_target_``:
@@ -15,16 +15,17 @@ from fusion_bench.method.base_algorithm import BaseAlgorithm
 from torch import nn
 
 from lora_ortho.adapters import LoadedAdapter
+from lora_ortho.merges import method_named
 
-from .weights import check_method, fold_into
+from .weights import merge_into
 
 
 class LoraOrtho(BaseAlgorithm):  # type: ignore[misc]
-    """`direct`, `ortho_rows` or `element_disjoint` merge of a pool's adapters.
+    """A merge of a pool's adapters, by a name of `lora_ortho.merges.METHODS`.
 
     Args:
-        merge_method: one of these; see `lora_ortho.plugins.weights`. (`method` is the key of the
-            whole algorithm in FusionBench's files.)
+        merge_method: that name. (`method` is the key of the whole algorithm in FusionBench's
+            files.)
         p: a dropout rate for each adapter, in the pool's order; None is 1 - 1/K of those on a
             layer.
         weights: a merge weight for each; None is 1.
@@ -49,14 +50,14 @@ class LoraOrtho(BaseAlgorithm):  # type: ignore[misc]
             known = ", ".join(key for key in self._config_mapping.values() if key[0] != "_")
             raise TypeError(f"method has unknown key {min(unknown)!r}; known are {known}")
         super().__init__(**kwargs)
-        check_method(merge_method)
+        method_named(merge_method)
         self.merge_method = merge_method
         self.p = None if p is None else [float(rate) for rate in p]
         self.weights = None if weights is None else [float(weight) for weight in weights]
         self.seed, self.sample = seed, sample
 
     def run(self, modelpool: Any) -> nn.Module:
-        """The pretrained model with every adapter of the pool folded in.
+        """The pretrained model with every adapter of the pool merged in.
 
         Raises:
             TypeError, ValueError: by name, before the model is changed.
@@ -74,7 +75,7 @@ class LoraOrtho(BaseAlgorithm):  # type: ignore[misc]
             adapters.append(adapter)
         if not adapters:
             raise ValueError("the pool has no adapter beside _pretrained_")
-        return fold_into(
+        return merge_into(
             model,
             adapters,
             self.merge_method,

@@ -3,7 +3,7 @@
     python -m lora_ortho.plugins.mergekit CONFIG.yml OUTPUT_FOLDER [options of mergekit-yaml]
 
 mergekit reads adapters by writing a full model for each and takes their difference; here every
-weight of the base is read once, and the factors are folded into it. Which adapters, rates and
+weight of the base is read once, and the factors are merged into it. Which adapters, rates and
 weights, says a TOML file with the paper's [[loras]] tables, as for ``lora-ortho merge``:
 
     merge_method: lora_ortho
@@ -37,11 +37,12 @@ from mergekit.merge_methods.registry import register, registered_methods
 from lora_ortho.adapters import LoadedAdapter, assign_streams
 from lora_ortho.adapters.base_weights import lies_transposed
 from lora_ortho.adapters.files.tensor_file import open_regular
-from lora_ortho.cli.console import CliError, one_line
-from lora_ortho.cli.merge_config import read_config
+from lora_ortho.merge_config import read_config
+from lora_ortho.merges import method_named
+from lora_ortho.messages import one_line
 from lora_ortho.module import Adapter
 
-from .weights import check_method, left_over, members, merged
+from .weights import left_over, members, merged
 
 NAME = "lora_ortho"
 
@@ -139,7 +140,7 @@ def _check_all_are_used(plan_key: tuple[str, tuple[int, int]], base: Hashable) -
 def lora_ortho(
     group: TensorGroup, loras: str, method: str = "ortho_rows", seed: int = 0, sample: int = 0
 ) -> torch.Tensor:
-    """A weight of the base with the adapters folded in; weights without adapters as they are.
+    """A weight of the base with the adapters merged in; weights without adapters as they are.
 
     A layer's stream is that of its name, so `ortho_rows` and `element_disjoint` give what
     `lora_ortho.export` and the FusionBench algorithm give.
@@ -147,12 +148,12 @@ def lora_ortho(
     Args:
         group: one weight of the base model.
         loras: path of a TOML file with [[loras]] tables.
-        method: "direct", "ortho_rows" or "element_disjoint".
+        method: a name of `lora_ortho.merges.METHODS`.
         seed, sample: of the masks.
     Raises:
         ValueError: what does not fit, by name; adapters for layers that the base does not have.
     """
-    check_method(method)
+    method_named(method)
     status = os.stat(loras)
     key = (loras, (status.st_mtime_ns, status.st_size))
     plan = _plan(*key)
@@ -224,7 +225,7 @@ def main() -> int:
         if file is not None:
             _check_parameters(Path(file))
         run_yaml(words)
-    except (CliError, OSError, ValueError, yaml.YAMLError) as error:
+    except (OSError, ValueError, yaml.YAMLError) as error:
         print(f"lora_ortho.plugins.mergekit: error: {one_line(error)}", file=sys.stderr)
         return 1
     return 0

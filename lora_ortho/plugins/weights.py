@@ -1,34 +1,22 @@
-"""Adapters folded into the weights of a base model, one layer at a time.
+"""Adapters merged into the weights of a base model, one layer at a time.
 
 A mask that changes from token to token is no weight, so a library that merges weights gets the
-three merges that are: `direct`, `ortho_rows` (every output feature belongs to one adapter) and
-`element_disjoint` (every element of the weight does).
+merges of `lora_ortho.merges.METHODS`, factors multiplied out and dense weights alike.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lora_ortho.adapters import LoadedAdapter, assign_streams, fold
+from lora_ortho.adapters import LoadedAdapter, assign_streams
 from lora_ortho.adapters.base_weights import lies_transposed, why_not_changed, why_not_plain
+from lora_ortho.merges import Method, method_named, parts_of
 from lora_ortho.module import Adapter
 from lora_ortho.problem import finite_numbers
-
-METHODS = (*fold.METHODS, "element_disjoint")
-
-
-def check_method(method: str) -> None:
-    """Raise ValueError unless a merge by this name is a weight."""
-    if method not in METHODS:
-        raise ValueError(
-            f"method must be one of {', '.join(METHODS)}, got {method!r}; masks that change from "
-            f"token to token are no weight, lora_ortho.attach and inject run them"
-        )
 
 
 def members(
@@ -44,54 +32,15 @@ def members(
     Args:
         layer: qualified name.
         adapters: any of which may leave the layer alone.
-        p: a dropout rate for each adapter; None is 1 - 1/K of those on this layer.
-        weights: a merge weight for each; None is 1.
+        p: a dropout rate for each adapter; None takes what each has, which is None for those that
+            were read: 1 - 1/K of those on this layer.
+        weights: a merge weight for each; None takes what each has, 1 for those read.
     Raises:
         TypeError, ValueError: p or weights is not a finite number for each adapter.
     """
     rates = None if p is None else finite_numbers("p", p, len(adapters))
-    gains = finite_numbers("weights", weights, len(adapters))
-    found = [
-        replace(
-            adapter.layers[layer],
-            weight=gains[j],
-            p=None if rates is None else rates[j],
-            name=adapter.name,
-        )
-        for j, adapter in enumerate(adapters)
-        if layer in adapter.layers
-    ]
-    return [part for part in found if not fold.is_off(part)]
-
-
-def check(
-    weight: Tensor,
-    bias: Tensor | None,
-    adapters: Sequence[Adapter],
-    method: str,
-    *,
-    transposed: bool = False,
-) -> None:
-    """Raise ValueError, naming what does not fit, wherever `merged` would."""
-    check_method(method)
-    for name, tensor in (("weight", weight), ("bias", bias)):
-        reason = None if tensor is None else why_not_plain(tensor)
-        if reason is not None:
-            raise ValueError(f"its {name} {reason}")
-    sizes = tuple(weight.T.shape if transposed else weight.shape)
-    for adapter in adapters:
-        own = adapter.lora_B.shape[0], adapter.lora_A.shape[1]
-        if own != sizes:
-            raise ValueError(
-                f"adapter {adapter.name!r} is for a weight of {own}, the base has {sizes}"
-            )
-        if adapter.bias is not None and bias is None:
-            raise ValueError(
-                f"adapter {adapter.name!r} has a bias (lora_bias), and the base layer none that "
-                f"it could be added to"
-            )
-    if adapters:
-        fold.check(method, adapters)
+    gains = None if weights is None else finite_numbers("weights", weights, len(adapters))
+    return parts_of(layer, adapters, rates, gains)
 
 
 def merged(
@@ -111,9 +60,9 @@ def merged(
         weight: (d_out, d_in) of the base layer, or (d_in, d_out) where it lies transposed.
         bias: (d_out,), or None for a layer without.
         adapters: of this layer, see `members`.
-        method: one of ``METHODS``. The coordinates of an owner are, for `ortho_rows`, row 0 and
-            the output feature as column; for `element_disjoint` the output feature as row and the
-            input feature as column, a bias being column d_in (`adapters.fold`).
+        method: a name of ``lora_ortho.merges.METHODS``. The coordinates of an owner are, for
+            `ortho_rows`, row 0 and the output feature as column; for `element_disjoint` the output
+            feature as row and the input feature as column, a bias being column d_in.
         seed, stream, sample: of the mask stream.
         transposed: the weight is that of a Conv1D of transformers, (d_in, d_out).
     Returns:
@@ -122,19 +71,38 @@ def merged(
         ValueError: sizes that do not fit, Σ(1 - p) > 1, an adapter with a bias on a layer
             without, or a weight that is no W: quantised, on the meta device, a tensor subclass.
     """
-    check(weight, bias, adapters, method, transposed=transposed)
+    merge = method_named(method)
+    _check(weight, bias, adapters, transposed)
     if not adapters:
         return weight.clone(), None if bias is None else bias.clone()
-    if method == "element_disjoint":
-        delta, extra = fold.element_disjoint(adapters, seed=seed, stream=stream, sample=sample)
-    else:
-        folded = fold.fold(method, adapters, seed=seed, stream=stream, sample=sample)
-        delta, extra = folded.lora_B @ folded.lora_A, folded.bias
+    delta, extra = merge.difference(adapters, seed=seed, stream=stream, sample=sample)
     delta = delta.T if transposed else delta
     return _sum(weight, delta), bias if bias is None or extra is None else _sum(bias, extra)
 
 
-def fold_into(
+def _check(
+    weight: Tensor, bias: Tensor | None, adapters: Sequence[Adapter], transposed: bool
+) -> None:
+    """ValueError, naming what does not fit, unless adapters can be merged into a layer."""
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        reason = None if tensor is None else why_not_plain(tensor)
+        if reason is not None:
+            raise ValueError(f"its {name} {reason}")
+    sizes = tuple(weight.T.shape if transposed else weight.shape)
+    for adapter in adapters:
+        own = adapter.lora_B.shape[0], adapter.lora_A.shape[1]
+        if own != sizes:
+            raise ValueError(
+                f"adapter {adapter.name!r} is for a weight of {own}, the base has {sizes}"
+            )
+        if adapter.bias is not None and bias is None:
+            raise ValueError(
+                f"adapter {adapter.name!r} has a bias (lora_bias), and the base layer none that "
+                f"it could be added to"
+            )
+
+
+def merge_into(
     model: nn.Module,
     adapters: Sequence[LoadedAdapter],
     method: str,
@@ -152,7 +120,7 @@ def fold_into(
     Args:
         model: a plain torch model with the adapters' layers under their names.
         adapters: from `load_adapter`, in merge order.
-        method: one of ``METHODS``.
+        method: a name of ``lora_ortho.merges.METHODS``.
         p: a dropout rate for each adapter; None is 1 - 1/K of those on a layer.
         weights: a merge weight for each; None is 1.
         seed, sample: of the masks. A layer's stream is that of its name.
@@ -163,24 +131,10 @@ def fold_into(
             (quantised, offloaded, with a scale besides, made from other parameters, or used by a
             forward of its own) is refused.
     """
-    modules = dict(model.named_modules(remove_duplicate=False))
-    problem = left_over(adapters, modules)
-    if problem is not None:
-        raise ValueError(problem)
-    streams = assign_streams(modules)
-    plan = []
-    for name in sorted({name for adapter in adapters for name in adapter.layers}):
-        layer = _linear(model, modules, name)
-        parts = members(name, adapters, p, weights)
-        turned = lies_transposed(layer)
-        try:
-            check(layer.weight, layer.bias, parts, method, transposed=turned)
-        except ValueError as error:
-            raise ValueError(f"layer {name}: {error}") from error
-        if parts:
-            plan.append((streams[name], layer, parts, turned))
+    merge = method_named(method)
+    plan = _plan(model, adapters, merge, p, weights)
     with torch.no_grad():
-        for stream, layer, parts, turned in plan:
+        for layer, parts, stream in plan:
             weight, bias = merged(
                 layer.weight,
                 layer.bias,
@@ -189,12 +143,39 @@ def fold_into(
                 seed=seed,
                 stream=stream,
                 sample=sample,
-                transposed=turned,
+                transposed=lies_transposed(layer),
             )
             layer.weight.copy_(weight)
             if bias is not None:
                 layer.bias.copy_(bias)
     return model
+
+
+def _plan(
+    model: nn.Module,
+    adapters: Sequence[LoadedAdapter],
+    merge: Method,
+    p: Sequence[float] | None,
+    weights: Sequence[float] | None,
+) -> list[tuple[Any, list[Adapter], int]]:
+    """Every layer to be changed with its adapters and its stream, all of them checked."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    problem = left_over(adapters, modules)
+    if problem is not None:
+        raise ValueError(problem)
+    streams = assign_streams(modules)
+    found = []
+    for name in sorted({name for adapter in adapters for name in adapter.layers}):
+        layer = _linear(model, modules, name)
+        parts = members(name, adapters, p, weights)
+        try:
+            _check(layer.weight, layer.bias, parts, lies_transposed(layer))
+            if parts:
+                merge.check(parts)
+                found.append((layer, parts, streams[name]))
+        except ValueError as error:
+            raise ValueError(f"layer {name}: {error}") from error
+    return found
 
 
 def _linear(model: nn.Module, modules: Mapping[str, nn.Module], name: str) -> Any:

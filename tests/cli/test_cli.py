@@ -21,7 +21,7 @@ import lora_ortho
 from lora_ortho import backends, diagnostics, doctor
 from lora_ortho.backends import cpu
 from lora_ortho.cli import console, main
-from lora_ortho.cli.heat_map import _short, place
+from lora_ortho.cli.overlap import _short, place
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -316,12 +316,19 @@ def test_doctor_notices_wrong_draws(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_doctor_advice_and_openmp(tmp_path: Path) -> None:
-    assert "compiler" in doctor.advice("lora_ortho was installed without its compiled CPU kernels")
-    assert "pip install triton" in doctor.advice("triton cannot be imported: No module named 'x'")
-    assert "nvcc" in doctor.advice("the library was built without its CUDA kernels")
-    assert "nvidia-smi" in doctor.advice("no NVIDIA GPU, or no driver for one")
-    assert "NVIDIA GPU" in doctor.advice("torch sees no NVIDIA or AMD GPU")
-    assert doctor.advice("the stars are wrong") == "see README.md"
+    wanted = {  # by the reason, with a torch for GPUs and with one for CPUs
+        "lora_ortho was installed without its compiled CPU kernels": ("compiler", "compiler"),
+        "triton cannot be imported: No module named 'x'": ("pip install triton", "build of torch"),
+        "the library was built without its CUDA kernels": ("nvcc", "build of torch"),
+        "no NVIDIA GPU, or no driver for one": ("nvidia-smi", "build of torch"),
+        "torch sees no NVIDIA or AMD GPU": ("an NVIDIA GPU that torch sees", "build of torch"),
+        "the stars are wrong": ("see README.md", "see README.md"),
+    }
+    for reason, words in wanted.items():
+        for for_gpus, part in zip((True, False), words, strict=True):
+            found = doctor.advice(reason, for_gpus)
+            assert part in found
+            assert for_gpus or not any(useless in found for useless in ("pip install t", "driver"))
     maps = tmp_path / "maps"
     maps.write_text(
         "7f00 r-xp 00 fe:00 1 /a/libgomp.so.1\n7f01 r-xp 00 fe:00 1 /a/libgomp.so.1\n"

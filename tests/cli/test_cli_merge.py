@@ -20,7 +20,7 @@ from tiny_models import WORDS, language_model, save_adapter, save_language_model
 
 import lora_ortho
 from lora_ortho.cli import main
-from lora_ortho.cli.merge_config import MergeConfig, read_config
+from lora_ortho.merge_config import MergeConfig, read_config
 
 # As the paper's reference code has them, values apart.
 PAPER = """

@@ -81,6 +81,8 @@ RUNS = {
     "--version": (),
     "doctor": (),
     "doctor --json --quiet": (),
+    "methods": (),
+    "methods --json --quiet": (),
     "inspect one two --p 0.5 0.5 --layers --plot {out}/map.svg --inputs one=inputs.safetensors": (
         "map.svg",
     ),
@@ -133,7 +135,7 @@ def options(text: str) -> set[str]:
 
 def test_every_option_is_among_the_runs() -> None:
     commands = re.findall(r"^    (\w+) ", help_of(), re.MULTILINE)
-    assert {"inspect", "merge", "bench", "doctor"} <= set(commands)
+    assert {"inspect", "merge", "methods", "bench", "doctor"} <= set(commands)
     listed = {("", option) for option in options(help_of())}
     listed |= {(command, option) for command in commands for option in options(help_of(command))}
     used = {

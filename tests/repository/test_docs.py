@@ -19,7 +19,7 @@ import pytest
 from native import ROOT
 from pages import blocks, run_page, shell
 
-from lora_ortho.cli.merge_config import Lora, MergeConfig
+from lora_ortho.merge_config import Lora, MergeConfig
 
 DOCS = ROOT / "docs"
 EXAMPLES = ROOT / "examples" / "plugins"

@@ -6,7 +6,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +18,9 @@ from lora_ortho.adapters.base_weights import lies_transposed
 from lora_ortho.adapters.loaded import LoadedAdapter
 from lora_ortho.module import Adapter
 
+from .image_file import DIFFUSERS_FILE, DIFFUSERS_METADATA
 from .peft_config import CONFIG_FILE
 from .peft_folder import PREFIX, TENSOR_FILE
-
-DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"  # what save_lora_weights writes into a folder
-DIFFUSERS_METADATA = "lora_adapter_metadata"  # where diffusers keeps PEFT's configurations
 
 # The parts of pipelines that some pipeline's load_lora_weights reads.
 _LOADABLE = """
@@ -32,70 +30,79 @@ _LOADABLE = """
 LOADABLE = frozenset(_LOADABLE.split())
 
 
-def peft_files(
+def export_files(
     merged: LoadedAdapter,
     modules: Mapping[str, nn.Module],
     dtype: torch.dtype | None,
     metadata: Mapping[str, str],
 ) -> dict[str, bytes]:
+    """Every file of an export by its path: the folder that PEFT reads, and of a pipeline the file
+    that diffusers reads, beside what PEFT reads for the part, in a subfolder for each where it
+    adapts several.
+
+    Args:
+        modules: of the base model or pipeline by name; none where it is not known.
+        dtype: of the tensors; None is their own.
+        metadata: for the headers.
+    """
+    if not merged.parts:
+        return _peft_folder(_Model(merged, merged.layers, merged.kernels, modules, dtype), metadata)
+    found = {
+        part: _Model(
+            merged,
+            _inside(part, merged.layers),
+            _inside(part, merged.kernels),
+            _inside(part, modules),
+            dtype,
+        )
+        for part in sorted({name.partition(".")[0] for name in merged.layers})
+    }
+    files = _diffusers_file(found, metadata)
+    for part, model in found.items():
+        where = f"{part}/" if len(found) > 1 else ""
+        files |= {where + name: data for name, data in _peft_folder(model, metadata).items()}
+    return files
+
+
+@dataclass(frozen=True)
+class _Model:
+    """What is written for one model: layers, kernels and modules by their names in it."""
+
+    merged: LoadedAdapter
+    layers: Mapping[str, Adapter]
+    kernels: Mapping[str, tuple[int, ...]]
+    modules: Mapping[str, nn.Module]
+    dtype: torch.dtype | None
+
+
+def _peft_folder(model: _Model, metadata: Mapping[str, str]) -> dict[str, bytes]:
     """adapter_config.json and adapter_model.safetensors, by name.
 
     A layer of another rank than most has lora_B times rank / lora_alpha: then lora_alpha over a
     layer's own rank is its scaling for every reader, those that know no alpha_pattern included.
-
-    Args:
-        modules: of the base model by name; none where it is not known.
     """
-    config = _config(merged, merged.layers, modules)
+    config = _config(model)
     alpha = config["lora_alpha"]
-    layers = {n: _times(part, part.lora_A.shape[0] / alpha) for n, part in merged.layers.items()}
-    tensors = _tensors(PREFIX, layers, merged.kernels, dtype)
+    layers = {n: _times(part, part.lora_A.shape[0] / alpha) for n, part in model.layers.items()}
+    tensors = _tensors(PREFIX, replace(model, layers=layers))
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
     return {CONFIG_FILE: text.encode(), TENSOR_FILE: _safetensors(tensors, metadata)}
 
 
-def diffusers_files(
-    merged: LoadedAdapter,
-    modules: Mapping[str, nn.Module],
-    dtype: torch.dtype | None,
-    metadata: Mapping[str, str],
-) -> dict[str, bytes]:
+def _diffusers_file(models: Mapping[str, _Model], metadata: Mapping[str, str]) -> dict[str, bytes]:
     """One file for all parts of a pipeline, with PEFT's configuration of each in its header.
 
     Readers that pass over the header take scaling 1, which is what it says.
-
-    Args:
-        modules: of the pipeline by name, after the part's; none where it is not known.
     """
     fields: dict[str, Any] = {}
     tensors: dict[str, Tensor] = {}
-    for part in sorted({name.partition(".")[0] for name in merged.layers}):
-        layers, kernels = _inside(part, merged.layers), _inside(part, merged.kernels)
-        config = _config(merged, layers, _inside(part, modules))
+    for part, model in models.items():
+        config = _config(model)
         config["alpha_pattern"] = config["rank_pattern"]
         fields |= {f"{part}.{field}": value for field, value in config.items()}
-        tensors |= _tensors(f"{part}.", layers, kernels, dtype)
+        tensors |= _tensors(f"{part}.", model)
     header = {**metadata, DIFFUSERS_METADATA: json.dumps(fields, sort_keys=True)}
     return {DIFFUSERS_FILE: _safetensors(tensors, header)}
-
-
-def pipeline_files(
-    merged: LoadedAdapter,
-    modules: Mapping[str, nn.Module],
-    dtype: torch.dtype | None,
-    metadata: Mapping[str, str],
-) -> dict[str, bytes]:
-    """For both readers: the file of :func:`diffusers_files`, and beside it the folder of PEFT for
-    the model that it adapts; where it adapts several, a subfolder for each part."""
-    files = diffusers_files(merged, modules, dtype, metadata)
-    parts = sorted({name.partition(".")[0] for name in merged.layers})
-    for part in parts:
-        layers, kernels = _inside(part, merged.layers), _inside(part, merged.kernels)
-        alone = replace(merged, layers=layers, kernels=kernels, parts=frozenset())
-        where = f"{part}/" if len(parts) > 1 else ""
-        for name, data in peft_files(alone, _inside(part, modules), dtype, metadata).items():
-            files[where + name] = data
-    return files
 
 
 def stranger(folder: Path, *, inner: bool = False) -> Path | None:
@@ -140,17 +147,12 @@ def _widened(part: Adapter, rank: int) -> Adapter:
     return replace(part, lora_A=lora_A, lora_B=nn.functional.pad(part.lora_B, (0, more)))
 
 
-def _tensors(
-    prefix: str,
-    layers: Mapping[str, Adapter],
-    kernels: Mapping[str, tuple[int, ...]],
-    dtype: torch.dtype | None,
-) -> dict[str, Tensor]:
+def _tensors(prefix: str, model: _Model) -> dict[str, Tensor]:
     """The tensors of one model by their keys; where one layer has a bias, all have one."""
-    has_bias = any(part.bias is not None for part in layers.values())
+    has_bias = any(part.bias is not None for part in model.layers.values())
     found: dict[str, Tensor] = {}
-    for name, part in layers.items():
-        kernel = kernels.get(name, ())
+    for name, part in model.layers.items():
+        kernel = model.kernels.get(name, ())
         ones = (1,) * len(kernel)
         lora_A, lora_B, bias = part.lora_A, part.lora_B, part.bias
         if kernel:
@@ -160,31 +162,29 @@ def _tensors(
         if has_bias:
             bias = lora_B.new_zeros(lora_B.shape[0]) if bias is None else bias
             found[f"{prefix}{name}.lora_B.bias"] = bias
-    found = {key: tensor.to("cpu", dtype).contiguous() for key, tensor in found.items()}
+    found = {key: tensor.to("cpu", model.dtype).contiguous() for key, tensor in found.items()}
     for key, tensor in found.items():
         if not bool(tensor.isfinite().all()):
             raise ValueError(f"{key} is not finite in {tensor.dtype}; choose a wider dtype")
     return found
 
 
-def _config(
-    merged: LoadedAdapter, layers: Mapping[str, Adapter], modules: Mapping[str, nn.Module]
-) -> dict[str, Any]:
+def _config(model: _Model) -> dict[str, Any]:
     """PEFT's configuration of one model: one rank for most layers, a pattern for the others."""
-    ranks = {name: part.lora_A.shape[0] for name, part in layers.items()}
+    ranks = {name: part.lora_A.shape[0] for name, part in model.layers.items()}
     rank = Counter(ranks.values()).most_common(1)[0][0]
-    found = [modules[name] for name in ranks if name in modules]
-    transposed = merged.settings.get("fan_in_fan_out", False)
+    found = [model.modules[name] for name in ranks if name in model.modules]
+    transposed = model.merged.settings.get("fan_in_fan_out", False)
     return {
         "init_lora_weights": True,
-        **merged.settings,
+        **model.merged.settings,
         "peft_type": "LORA",
-        "base_model_name_or_path": merged.base_model,
+        "base_model_name_or_path": model.merged.base_model,
         "r": rank,
         "lora_alpha": rank,
         "rank_pattern": {f"^{re.escape(name)}": r for name, r in ranks.items() if r != rank},
-        "target_modules": _target_modules(merged, list(ranks), modules),
-        "lora_bias": any(part.bias is not None for part in layers.values()),
+        "target_modules": _target_modules(model),
+        "lora_bias": any(part.bias is not None for part in model.layers.values()),
         "fan_in_fan_out": any(map(lies_transposed, found)) if found else transposed,
         "bias": "none",
         "lora_dropout": 0.0,
@@ -194,17 +194,16 @@ def _config(
     }
 
 
-def _target_modules(
-    merged: LoadedAdapter, names: list[str], modules: Mapping[str, nn.Module]
-) -> list[str] | str:
+def _target_modules(model: _Model) -> list[str] | str:
     """The shortest ends of names that select these layers and no other module, as PEFT does it.
 
     Where even a whole name is the end of another's, a pattern; without a model the ends that
     selected the merged adapters' layers, else the names.
     """
-    if not modules:
-        return names if merged.leaves is None else sorted(merged.leaves)
-    wanted, own = Counter(_ends(names)), Counter(_ends(modules))
+    names, leaves = list(model.layers), model.merged.leaves
+    if not model.modules:
+        return names if leaves is None else sorted(leaves)
+    wanted, own = Counter(_ends(names)), Counter(_ends(model.modules))
     found = set()
     for name in names:
         end = next((end for end in _ends([name]) if wanted[end] == own[end]), None)

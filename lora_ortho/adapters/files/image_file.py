@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from torch import Tensor
 
-from lora_ortho.adapters.loaded import LoadedAdapter, Piece, assemble, check_shapes
+from lora_ortho.adapters.loaded import LoadedAdapter
 
 from .diffusers_kohya import convert, needs_converter
 from .errors import AdapterFileError
-from .export_files import DIFFUSERS_METADATA
 from .made import warn_of_other_masks
 from .peft_config import CONFIG_FILE, MAX_NAME, PeftConfig, parse_peft_config
 from .peft_folder import PREFIX, foreign, one_adapter
+from .pieces import Piece, assemble, check_shapes
 from .targets import Target, Targets, check_fit
-from .tensor_file import Entry, parse_json_object, read_tensors
+from .tensor_file import TensorFile, parse_json_object
+
+DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"  # what save_lora_weights writes into a folder
+DIFFUSERS_METADATA = "lora_adapter_metadata"  # where diffusers keeps PEFT's configurations
 
 # kohya's prefixes, and which part of a pipeline they mean: the first that it has.
 _KOHYA = {
@@ -54,7 +57,6 @@ _WAY = (
 )
 # diffusers' older names of attention layers, as they end after a role was taken off.
 _PROCESSOR = re.compile(r"\.processor\.to_(q|k|v|out)$")
-_MAX_ALPHA = 8  # bytes
 
 
 @dataclass
@@ -76,36 +78,29 @@ class _Group:
 
 def read_image_file(file: Path, targets: Targets, name: str) -> LoadedAdapter:
     """The adapter in a safetensors file; see `load_adapter`."""
-    plan: list[tuple[_Group, Target | None]] = []
-    configs: dict[str, PeftConfig] = {}
-
-    def check(entries: dict[str, Entry], metadata: dict[str, str]) -> None:
-        groups = _groups(file, entries, targets)
+    with TensorFile(file) as opened:
+        groups = _groups(file, opened.entries, targets)
         wanted = targets.wanted(file, (group.part for group in groups))
         groups = [group for group in groups if group.part in wanted]
-        warn_of_other_masks(file, metadata)
-        configs.update(_configs(file, metadata, targets.known_parts))
-        for group in groups:
-            _check_group(file, group, entries)
-            plan.append((group, _target(file, group, entries, targets)))
-
-    contents = read_tensors(file, check)
+        warn_of_other_masks(file, opened.metadata)
+        configs = _configs(file, opened.metadata, targets.known_parts)
+        pieces, renumbered = _pieces(file, groups, opened.shapes, targets, configs)
+        contents = opened.read()
     tensors = contents.tensors
-    pieces = [_piece(file, group, target, tensors, configs) for group, target in plan if target]
-    left = [group for group, target in plan if target is None]
-    if left:
-        taken = {key: tensors[key] for group in left for key in group.keys.values()}
-        fresh = convert(file, taken, targets.root(left[0].part), targets.model)
-        pieces += _converted(file, fresh, left[0].part, targets)
+    if renumbered:
+        taken = {key: tensors[key] for group in renumbered for key in group.keys.values()}
+        part = renumbered[0].part
+        fresh = convert(file, taken, targets.root(part), targets.model)
+        pieces += _converted(file, fresh, part, targets)
         tensors = {**tensors, **fresh}
     layers, kernels = assemble(file, name, pieces, tensors)
     named = targets.is_pipeline or (targets.model is None and targets.part is None)
-    parts = frozenset(group.part for group, _ in plan if named and group.part)
+    parts = frozenset(group.part for group in groups if named and group.part)
     hashes = {file.name: contents.sha256}
     return LoadedAdapter(name, layers, file, None, kernels, hashes, {}, parts)
 
 
-def _groups(file: Path, keys: Mapping[str, object], targets: Targets) -> list[_Group]:
+def _groups(file: Path, keys: Iterable[str], targets: Targets) -> list[_Group]:
     """Keys by layer; a key that has no place is refused."""
     groups: dict[tuple[str, str], _Group] = {}
     adapters: dict[str | None, str] = {}
@@ -155,37 +150,65 @@ def _plain_attention(match: re.Match[str]) -> str:
     return f".to_{match[1]}" + (".0" if match[1] == "out" else "")
 
 
-def _check_group(file: Path, group: _Group, entries: Mapping[str, Entry]) -> None:
-    """Both factors there and of shapes that fit, an alpha of one element."""
+def _pieces(
+    file: Path,
+    groups: Iterable[_Group],
+    shapes: Mapping[str, tuple[int, ...]],
+    targets: Targets,
+    configs: Mapping[str, PeftConfig],
+) -> tuple[list[Piece], list[_Group]]:
+    """The layers of a file, each checked; apart, those whose names diffusers must convert first."""
+    pieces, renumbered = [], []
+    for group in groups:
+        config = configs.get(group.part)
+        _check_group(file, group, shapes, config)
+        target = _target(file, group, targets)
+        if target is None:
+            renumbered.append(group)
+        else:
+            pieces.append(_piece(file, group, target, shapes, config))
+    return pieces, renumbered
+
+
+def _check_group(
+    file: Path,
+    group: _Group,
+    shapes: Mapping[str, tuple[int, ...]],
+    config: PeftConfig | None,
+) -> None:
+    """Both factors there and of shapes that fit, an alpha of one element, a configuration that
+    says the same."""
     known = next(iter(group.keys.values()))
     for role in ("A", "B"):
         if role not in group.keys:
             problem = f"{'down' if role == 'A' else 'up'} factor of {group.stem!r} is missing"
             raise AdapterFileError(file, problem, known)
-    check_shapes(file, (group.keys["A"], group.keys["B"], group.keys.get("bias")), entries)
-    alpha = group.keys.get("alpha")
-    if alpha is not None and entries[alpha].shape not in ((), (1,)):
-        shape = list(entries[alpha].shape)
-        raise AdapterFileError(file, f"expected one number, found shape {shape}", alpha)
+    key_A, bias, alpha = (group.keys.get(role) for role in ("A", "bias", "alpha"))
+    rank = None if config is None else config.rank_of(group.stem)
+    keys = (group.keys["A"], group.keys["B"], bias)
+    check_shapes(file, keys, shapes, rank, "the configuration")
+    if alpha is not None and shapes[alpha] not in ((), (1,)):
+        raise AdapterFileError(
+            file, f"expected one number, found shape {list(shapes[alpha])}", alpha
+        )
+    if config is not None and alpha is not None:
+        problem = f"an alpha besides the configuration in {DIFFUSERS_METADATA}"
+        raise AdapterFileError(file, problem, alpha)
+    if config is not None and config.lora_bias != (bias is not None):
+        raise AdapterFileError(file, "lora_bias and the keys do not agree", key_A)
 
 
-def _target(
-    file: Path, group: _Group, entries: Mapping[str, Entry], targets: Targets
-) -> Target | None:
+def _target(file: Path, group: _Group, targets: Targets) -> Target | None:
     """The layer of a group; None for one whose name diffusers must convert first."""
     key = group.keys["A"]
     if not group.flat:
-        target = _by_name(file, key, group, targets)
-    else:
-        found = targets.by_flat_name(file, key, group.part, group.stem)
-        if found is None:
-            root = targets.root(group.part)
-            if root is not None and needs_converter(group.stem, root):
-                return None
+        return _by_name(file, key, group, targets)
+    found = targets.by_flat_name(file, key, group.part, group.stem)
+    if found is None:
+        root = targets.root(group.part)
+        if root is None or not needs_converter(group.stem, root):
             raise AdapterFileError(file, f"the model has no layer for {group.stem!r}; {_WAY}", key)
-        target = found
-    check_fit(file, key, target, entries[key].shape, entries[group.keys["B"]].shape)
-    return target
+    return found
 
 
 def _by_name(file: Path, key: str, group: _Group, targets: Targets) -> Target:
@@ -203,41 +226,28 @@ def _piece(
     file: Path,
     group: _Group,
     target: Target,
-    tensors: Mapping[str, Tensor],
-    configs: Mapping[str, PeftConfig],
+    shapes: Mapping[str, tuple[int, ...]],
+    config: PeftConfig | None,
 ) -> Piece:
     """The scaling: alpha/r by the file's alpha or configuration, 1 where it has neither."""
-    key_A, alpha, config = group.keys["A"], group.keys.get("alpha"), configs.get(group.part)
-    rank, scaling = tensors[key_A].shape[0], 1.0
-    if alpha is not None and config is not None:
-        problem = f"an alpha besides the configuration in {DIFFUSERS_METADATA}"
-        raise AdapterFileError(file, problem, alpha)
-    if alpha is not None:
-        scaling = float(tensors[alpha]) / rank
-    if config is not None:
-        if config.rank_of(group.stem) != rank:
-            problem = f"rank {rank}, but the configuration says {config.rank_of(group.stem)}"
-            raise AdapterFileError(file, problem, key_A)
-        if config.lora_bias != ("bias" in group.keys):
-            raise AdapterFileError(file, "lora_bias and the keys do not agree", key_A)
-        scaling = config.scaling_of(group.stem)
-    kernel = tuple(tensors[key_A].shape[2:]) if target.shape is None else target.shape.kernel
-    return Piece(target.name, key_A, group.keys["B"], group.keys.get("bias"), scaling, kernel)
+    key_A, key_B = group.keys["A"], group.keys["B"]
+    kernel = check_fit(file, key_A, target, shapes[key_A], shapes[key_B])
+    scaling = 1.0 if config is None else config.scaling_of(group.stem)
+    bias, alpha = group.keys.get("bias"), group.keys.get("alpha")
+    return Piece(target.name, key_A, key_B, bias, kernel, scaling, alpha)
 
 
 def _converted(
     file: Path, tensors: Mapping[str, Tensor], part: str, targets: Targets
 ) -> list[Piece]:
     """The layers of what diffusers made of a part of the file, checked as if they were read."""
-    entries = {key: Entry("", tuple(t.shape), 0, 0) for key, t in tensors.items()}
-    pieces = []
-    for group in _groups(file, entries, targets):
+    groups = _groups(file, tensors, targets)
+    for group in groups:
         group.part = part
-        _check_group(file, group, entries)
-        target = _target(file, group, entries, targets)
-        if target is None:
-            raise AdapterFileError(file, "diffusers did not rename it", group.keys["A"])
-        pieces.append(_piece(file, group, target, tensors, {}))
+    shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
+    pieces, renumbered = _pieces(file, groups, shapes, targets, {})
+    if renumbered:
+        raise AdapterFileError(file, "diffusers did not rename it", renumbered[0].keys["A"])
     return pieces
 
 

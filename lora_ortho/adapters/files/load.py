@@ -9,8 +9,7 @@ from typing import Any
 from lora_ortho.adapters.loaded import LoadedAdapter
 
 from .errors import AdapterFileError
-from .export_files import DIFFUSERS_FILE
-from .image_file import read_image_file
+from .image_file import DIFFUSERS_FILE, read_image_file
 from .names import title_of
 from .peft_config import CONFIG_FILE
 from .peft_folder import TENSOR_FILE, read_folder

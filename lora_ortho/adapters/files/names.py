@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from pathlib import PurePath
 
-from .export_files import DIFFUSERS_FILE
+from .image_file import DIFFUSERS_FILE
 from .peft_folder import TENSOR_FILE
 
 _ENDING = ".safetensors"  # the only ending that is taken off: names have dots of their own

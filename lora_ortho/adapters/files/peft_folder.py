@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lora_ortho.adapters.components import base_modules
-from lora_ortho.adapters.loaded import LoadedAdapter, Piece, assemble, check_shapes
+from lora_ortho.adapters.loaded import LoadedAdapter
 
 from .errors import AdapterFileError
 from .made import warn_of_other_masks
@@ -24,8 +24,9 @@ from .peft_config import (
     read_peft_config,
     reader_settings,
 )
+from .pieces import Piece, assemble, check_shapes
 from .targets import Targets, check_fit
-from .tensor_file import Entry, read_tensors
+from .tensor_file import TensorFile
 
 TENSOR_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -74,18 +75,16 @@ def read_folder(folder: Path, targets: Targets, name: str) -> LoadedAdapter:
     """The adapter of a folder that has both files; see `load_adapter`."""
     config, digest = read_peft_config(folder / CONFIG_FILE)
     tensor_file = folder / TENSOR_FILE
-    pieces: list[Piece] = []
-    whole: dict[str, Tensor] = {}  # weights of the model, by the keys of those in the file
-
-    def check(entries: dict[str, Entry], metadata: dict[str, str]) -> None:
-        warn_of_other_masks(tensor_file, metadata)
-        layers, base = _by_layer(tensor_file, entries, config)
-        for layer, parts in layers.items():
-            pieces.append(_piece(tensor_file, layer, parts, entries, config, targets))
-        for key in base:
-            whole[key] = _base_weight(tensor_file, key, entries[key], targets)
-
-    contents = read_tensors(tensor_file, check)
+    with TensorFile(tensor_file) as opened:
+        warn_of_other_masks(tensor_file, opened.metadata)
+        by_layer, base = _by_layer(tensor_file, opened.entries, config)
+        pieces = [
+            _piece(tensor_file, layer, parts, opened.shapes, config, targets)
+            for layer, parts in by_layer.items()
+        ]
+        # Weights of the model, by the keys of those in the file.
+        whole = {key: _base_weight(tensor_file, key, opened.shapes[key], targets) for key in base}
+        contents = opened.read()
     for key, weight in whole.items():
         saved = contents.tensors[key].to(weight.dtype)
         if not torch.equal(saved, weight.detach().to("cpu")):
@@ -109,7 +108,7 @@ def read_folder(folder: Path, targets: Targets, name: str) -> LoadedAdapter:
 
 
 def _by_layer(
-    file: Path, entries: Mapping[str, Entry], config: PeftConfig
+    file: Path, keys: Iterable[str], config: PeftConfig
 ) -> tuple[dict[str, dict[str, str]], list[str]]:
     """Keys by layer and part ("lora_A.weight" and so on), and those of whole weights of the base.
 
@@ -118,7 +117,7 @@ def _by_layer(
     layers: dict[str, dict[str, str]] = {}
     adapters: dict[str | None, str] = {}
     base = []
-    for key in entries:
+    for key in keys:
         match = _KEY.fullmatch(key)
         part = f"{match['factor']}.{match['kind']}" if match else ""
         if match is None or part == "lora_A.bias":
@@ -138,7 +137,7 @@ def _by_layer(
     return layers, base
 
 
-def _base_weight(file: Path, key: str, entry: Entry, targets: Targets) -> Tensor:
+def _base_weight(file: Path, key: str, shape: tuple[int, ...], targets: Targets) -> Tensor:
     """The model's weight under that key, of the same shape."""
     match = _BASE.fullmatch(key)
     assert match is not None
@@ -155,9 +154,9 @@ def _base_weight(file: Path, key: str, entry: Entry, targets: Targets) -> Tensor
     if not isinstance(weight, Tensor) or weight.is_meta:
         problem = f"a whole weight, and the model has no values for {match['layer']!r} to compare"
         raise AdapterFileError(file, problem, key)
-    if tuple(weight.shape) != entry.shape:
+    if tuple(weight.shape) != shape:
         problem = (
-            f"a whole weight of shape {list(entry.shape)}, the model's is {list(weight.shape)}: "
+            f"a whole weight of shape {list(shape)}, the model's is {list(weight.shape)}: "
             f"was it resized? Resize the model's embeddings alike before loading"
         )
         raise AdapterFileError(file, problem, key)
@@ -168,7 +167,7 @@ def _piece(
     file: Path,
     layer: str,
     parts: Mapping[str, str],
-    entries: Mapping[str, Entry],
+    shapes: Mapping[str, tuple[int, ...]],
     config: PeftConfig,
     targets: Targets,
 ) -> Piece:
@@ -177,8 +176,7 @@ def _piece(
         if part not in parts:
             raise AdapterFileError(file, "missing", f"{PREFIX}{layer}.{part}")
     key_A, key_B, bias = parts["lora_A.weight"], parts["lora_B.weight"], parts.get("lora_B.bias")
-    check_shapes(file, (key_A, key_B, bias), entries, config.rank_of(layer))
+    check_shapes(file, (key_A, key_B, bias), shapes, config.rank_of(layer), CONFIG_FILE)
     target = targets.by_name(file, key_A, targets.part or "", layer)
-    check_fit(file, key_A, target, entries[key_A].shape, entries[key_B].shape)
-    kernel = entries[key_A].shape[2:] if target.shape is None else target.shape.kernel
-    return Piece(target.name, key_A, key_B, bias, config.scaling_of(layer), kernel)
+    kernel = check_fit(file, key_A, target, shapes[key_A], shapes[key_B])
+    return Piece(target.name, key_A, key_B, bias, kernel, config.scaling_of(layer))

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from lora_ortho.adapters.components import base_modules, components, join, missing_parts
-from lora_ortho.module import linear_sizes
+from lora_ortho.adapters.shapes import Shape, shape_of
 
 from .errors import AdapterFileError
 from .renamed import Renamings
@@ -31,39 +30,6 @@ PARTS = [
     "text_conditioner",
     "transformer_ref",
 ]
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-
-
-@dataclass(frozen=True)
-class Shape:
-    """What a layer takes and gives: features, and the kernel of a convolution (else empty)."""
-
-    features: int
-    out_features: int
-    kernel: tuple[int, ...] = ()
-
-    def takes(self, other: Shape) -> bool:
-        """True if factors of the other shape fit; a kernel of ones may be there or not."""
-        kernels = self.kernel == other.kernel or prod(self.kernel) == prod(other.kernel) == 1
-        features = (self.features, self.out_features)
-        return kernels and features == (other.features, other.out_features)
-
-    def __str__(self) -> str:
-        kernel = f" with a kernel of {'x'.join(map(str, self.kernel))}" if self.kernel else ""
-        return f"{self.features} features to {self.out_features}{kernel}"
-
-
-def shape_of(module: Any) -> Shape | None:
-    """The shape of a linear layer or a convolution without groups, wrapped by PEFT or not."""
-    base = module.get_base_layer() if hasattr(module, "get_base_layer") else module
-    if isinstance(base, _CONVOLUTIONS):
-        if base.groups != 1:
-            return None
-        return Shape(base.in_channels, base.out_channels, tuple(base.kernel_size))
-    features, out_features = linear_sizes(base)
-    if features is None or out_features is None:
-        return None
-    return Shape(features, out_features)
 
 
 @dataclass(frozen=True)
@@ -217,12 +183,16 @@ def _list(names: Iterable[str]) -> str:
 
 def check_fit(
     file: Path, key: str, target: Target, lora_A: tuple[int, ...], lora_B: tuple[int, ...]
-) -> None:
-    """AdapterFileError unless factors of these shapes belong on a layer of the model.
+) -> tuple[int, ...]:
+    """The kernel of a layer, empty for a linear one; AdapterFileError unless factors of these
+    shapes belong on it.
 
     lora_A is (r, d_in) or (r, c_in, *kernel); a kernel of ones may be there or not.
     """
     found = Shape(lora_A[1], lora_B[0], lora_A[2:])
-    if target.shape is not None and not target.shape.takes(found):
+    if target.shape is None:
+        return found.kernel
+    if not target.shape.takes(found):
         problem = f"takes {found}, the model's layer {target.name!r} takes {target.shape}"
         raise AdapterFileError(file, problem, key)
+    return target.shape.kernel

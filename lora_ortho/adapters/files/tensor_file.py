@@ -10,7 +10,6 @@ import hashlib
 import json
 import os
 import stat
-from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -45,16 +44,14 @@ class Entry:
 
 @dataclass(frozen=True)
 class Contents:
-    """A file that was read whole.
+    """The tensors of a file that was read whole.
 
     Attributes:
         tensors: by name, on the CPU, in their own dtypes.
-        metadata: the header's "__metadata__".
         sha256: of the whole file, in hexadecimal.
     """
 
     tensors: dict[str, torch.Tensor]
-    metadata: dict[str, str]
     sha256: str
 
 
@@ -188,35 +185,47 @@ def _read_header(path: Path, file: BinaryIO) -> tuple[bytes, dict[str, Entry], d
     return start + text, _entries(path, header, size - 8 - length), metadata
 
 
-def read_header(path: Path) -> dict[str, Entry]:
-    """What a safetensors file holds, by tensor name; no tensor is read."""
-    with open_regular(path) as file:
-        return _read_header(path, file)[1]
+class TensorFile:
+    """A safetensors file that is open, its header checked in full; the tensors come from the same
+    open file, so nothing can be exchanged in between. A context manager that closes it.
 
-
-def read_tensors(
-    path: Path, check: Callable[[dict[str, Entry], dict[str, str]], None] | None = None
-) -> Contents:
-    """Every tensor of a safetensors file, on the CPU, in its own dtype.
-
-    The header is checked in full first, then by `check(entries, metadata)` where one is given; the
-    tensors come from the same open file, so nothing can be exchanged in between. NaN and infinity
-    are refused.
+    Attributes:
+        entries: what it holds, by tensor name.
+        metadata: the header's "__metadata__".
     """
-    with open_regular(path) as file:
-        head, entries, metadata = _read_header(path, file)
-        if check is not None:
-            check(entries, metadata)
-        data = file.read()
-    if len(data) != max((entry.end for entry in entries.values()), default=0):
-        raise AdapterFileError(path, "changed while it was read")
-    data = head + data
-    try:
-        tensors = load(data)
-    except SafetensorError as error:
-        raise AdapterFileError(path, f"not a safetensors file ({error})") from None
-    for key, tensor in tensors.items():
-        if not bool(torch.isfinite(tensor).all()):
-            kind = "NaN" if bool(torch.isnan(tensor).any()) else "infinity"
-            raise AdapterFileError(path, f"holds {kind}", key)
-    return Contents(tensors, metadata, hashlib.sha256(data).hexdigest())
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file = open_regular(path)
+        try:
+            self._head, self.entries, self.metadata = _read_header(path, self._file)
+        except BaseException:
+            self._file.close()
+            raise
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of every tensor, by name."""
+        return {key: entry.shape for key, entry in self.entries.items()}
+
+    def read(self) -> Contents:
+        """Every tensor, on the CPU, in its own dtype; NaN and infinity are refused."""
+        data = self._file.read()
+        if len(data) != max((entry.end for entry in self.entries.values()), default=0):
+            raise AdapterFileError(self._path, "changed while it was read")
+        data = self._head + data
+        try:
+            tensors = load(data)
+        except SafetensorError as error:
+            raise AdapterFileError(self._path, f"not a safetensors file ({error})") from None
+        for key, tensor in tensors.items():
+            if not bool(torch.isfinite(tensor).all()):
+                kind = "NaN" if bool(torch.isnan(tensor).any()) else "infinity"
+                raise AdapterFileError(self._path, f"holds {kind}", key)
+        return Contents(tensors, hashlib.sha256(data).hexdigest())
+
+    def __enter__(self) -> TensorFile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-ADAPTERS = "_lora_ortho"  # under this name a layer holds what was put beside its own weights
+from lora_ortho.adapters.components import ADAPTERS
 
 
 class InPlace:

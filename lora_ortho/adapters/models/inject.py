@@ -10,8 +10,8 @@ from typing import Any
 from torch import nn
 
 from lora_ortho.adapters.components import components, named
-from lora_ortho.adapters.files.targets import Shape
 from lora_ortho.adapters.loaded import LoadedAdapter, checked_adapters
+from lora_ortho.adapters.shapes import Shape
 from lora_ortho.mixing import Mix
 from lora_ortho.module import Adapter
 from lora_ortho.problem import check_method, finite_numbers

@@ -9,12 +9,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from lora_ortho.adapters.components import ADAPTERS
 from lora_ortho.mixing import Choice, Settings, Traced
 from lora_ortho.module import Adapter, FusedOrthoLoRALinear
 from lora_ortho.problem import DTYPES, check_method, finite_numbers
 
 from .convolution import Sizes, convolve, selectors
-from .in_place import ADAPTERS, InPlace, enter, leave, own_forward, plain_view
+from .in_place import InPlace, enter, leave, own_forward, plain_view
 from .passes import Mark, may_write
 
 

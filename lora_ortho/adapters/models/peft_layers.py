@@ -13,12 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lora_ortho.adapters.components import ADAPTERS
 from lora_ortho.mixing import Choice, Mixer, Settings, Traced
 from lora_ortho.module import is_fresh
 from lora_ortho.problem import DTYPES, Place
 
 from .convolution import selectors, why_not_dilated
-from .in_place import ADAPTERS, InPlace, enter, leave, own_forward, replaced_forward
+from .in_place import InPlace, enter, leave, own_forward, replaced_forward
 from .passes import Mark, may_write
 
 # PEFT's classes by name: those of quantised layers exist only where their package is installed.

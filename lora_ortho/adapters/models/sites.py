@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from lora_ortho.adapters.components import Named
-from lora_ortho.adapters.files.targets import Shape, shape_of
 from lora_ortho.adapters.loaded import LoadedAdapter
+from lora_ortho.adapters.shapes import Shape, shape_of
 from lora_ortho.module import FusedOrthoLoRALinear
 
 from .in_place import replaced_forward

@@ -17,7 +17,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from lora_ortho.adapters import AdapterFileError, load_adapter
-from lora_ortho.adapters.files.tensor_file import MAX_FILE, MAX_HEADER, read_header
+from lora_ortho.adapters.files.tensor_file import MAX_FILE, MAX_HEADER, TensorFile
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
@@ -270,7 +270,8 @@ def test_model_with_another_layer(tmp_path: Path, layer: nn.Module, part: str) -
 
 
 def test_read_header_alone(tmp_path: Path) -> None:
-    entries = read_header(write(tmp_path / "x") / "adapter_model.safetensors")
+    with TensorFile(write(tmp_path / "x") / "adapter_model.safetensors") as opened:
+        entries = opened.entries
     assert entries[A_KEY].shape == (2, 3)
     assert entries[A_KEY].dtype == "F32"
 

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 from lora_ortho import load_adapter
 from lora_ortho.adapters.files.names import titles
-from lora_ortho.cli.merge_config import read_config
+from lora_ortho.merge_config import read_config
 
 FACTORS = {f"unet.a.lora_{x}.weight": torch.eye(4) for x in "AB"}
 

@@ -13,18 +13,20 @@ from pathlib import Path
 from typing import Any
 
 from lora_ortho.adapters import LoadedAdapter, load_adapter
-from lora_ortho.adapters.files.export_files import DIFFUSERS_FILE
+from lora_ortho.adapters.files.image_file import DIFFUSERS_FILE
 from lora_ortho.adapters.files.names import titles
 from lora_ortho.adapters.files.peft_config import CONFIG_FILE
 from lora_ortho.adapters.files.peft_folder import TENSOR_FILE
 from lora_ortho.adapters.files.tensor_file import open_regular
 from lora_ortho.problem import METHODS
 
-from .console import CliError
-
 KINDS = ("language", "image")
 DTYPES = ("float32", "bfloat16", "float16")
 _MAX_CONFIG = 1024 * 1024  # bytes
+
+
+class ConfigError(ValueError):
+    """A file of a merge that does not say what it must; the message names file and key."""
 
 
 @dataclass(frozen=True)
@@ -153,23 +155,23 @@ def read_config(path: Path) -> MergeConfig:
     """Reads and checks a TOML file.
 
     Raises:
-        CliError: a key or a value that does not fit, by name, or no TOML at all.
+        ConfigError: a key or a value that does not fit, by name, or no TOML at all.
         AdapterFileError: the file cannot be read, or is not a regular file.
     """
     with open_regular(path) as file:
         text = file.read(_MAX_CONFIG + 1)
     if len(text) > _MAX_CONFIG:
-        raise CliError(f"{path}: larger than {_MAX_CONFIG} bytes")
+        raise ConfigError(f"{path}: larger than {_MAX_CONFIG} bytes")
     try:
         table = _parse(text.decode("utf-8"))
     except RecursionError:
-        raise CliError(f"{path}: nested too deeply") from None
+        raise ConfigError(f"{path}: nested too deeply") from None
     except ValueError as error:  # of the syntax or the encoding
-        raise CliError(f"{path}: not valid TOML: {error}") from None
+        raise ConfigError(f"{path}: not valid TOML: {error}") from None
     try:
         return _config(table, path.parent)
-    except CliError as error:
-        raise CliError(f"{path}: {error}") from None
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
 
 
 def _parse(text: str) -> dict[str, Any]:
@@ -179,7 +181,9 @@ def _parse(text: str) -> dict[str, Any]:
         try:
             import tomli as tomllib
         except ImportError:
-            raise CliError("reading TOML needs tomli on Python 3.10: pip install tomli") from None
+            raise ConfigError(
+                "reading TOML needs tomli on Python 3.10: pip install tomli"
+            ) from None
     found: dict[str, Any] = tomllib.loads(text)
     return found
 
@@ -188,28 +192,28 @@ def _config(table: Mapping[str, Any], folder: Path) -> MergeConfig:
     values = dict(table)
     loras = values.pop("loras", None)
     if not isinstance(loras, list) or not loras or not all(isinstance(x, dict) for x in loras):
-        raise CliError("needs at least one [[loras]] table")
+        raise ConfigError("needs at least one [[loras]] table")
     checked = _values(MergeConfig, values, "", skip=("loras", "folder"))
     tables = _named([_lora(lora, j) for j, lora in enumerate(loras)])
     config = MergeConfig(tables, folder=folder, **checked)
     twice = {name for name in config.names if config.names.count(name) > 1}
     if twice:
-        raise CliError(f"adapter_name {min(twice)!r} occurs twice")
+        raise ConfigError(f"adapter_name {min(twice)!r} occurs twice")
     rates = [lora.dropout_rate for lora in config.loras]
     if None in rates and any(rate is not None for rate in rates):
         j = rates.index(None)
-        raise CliError(f"loras[{j}] has no dropout_rate while others have one")
+        raise ConfigError(f"loras[{j}] has no dropout_rate while others have one")
     return config
 
 
 def _lora(table: Mapping[str, Any], j: int) -> Lora:
     where = f"loras[{j}]: "
     if "file_path" not in table:
-        raise CliError(f"{where}file_path is missing")
+        raise ConfigError(f"{where}file_path is missing")
     values = _values(Lora, table, where)
     rate = values.get("dropout_rate")
     if rate is not None and not 0.0 <= rate < 1.0:
-        raise CliError(f"{where}dropout_rate must be in [0, 1), got {rate}")
+        raise ConfigError(f"{where}dropout_rate must be in [0, 1), got {rate}")
     return Lora(**values)
 
 
@@ -236,7 +240,7 @@ def _values(
     found: dict[str, Any] = {}
     for key, value in table.items():
         if key not in known:
-            raise CliError(f"{where}unknown key {key!r}; known are {', '.join(known)}")
+            raise ConfigError(f"{where}unknown key {key!r}; known are {', '.join(known)}")
         kind = str(known[key].type).removesuffix(" | None")
         found[key] = _typed(f"{where}{key}", kind, value)
         _check_value(f"{where}{key}", key, found[key])
@@ -244,7 +248,7 @@ def _values(
         name for name, field in known.items() if field.default is MISSING and name not in found
     ]
     if missing:
-        raise CliError(f"{where}{missing[0]} is missing")
+        raise ConfigError(f"{where}{missing[0]} is missing")
     return found
 
 
@@ -252,13 +256,13 @@ def _typed(where: str, kind: str, value: Any) -> Any:
     is_list = isinstance(value, list) and all(isinstance(item, str) for item in value)
     fits = is_list if kind == _TEXTS else isinstance(value, _CLASSES[kind])
     if isinstance(value, bool) or not fits:
-        raise CliError(f"{where} must be {_NAMES[kind]}, got {value!r}")
+        raise ConfigError(f"{where} must be {_NAMES[kind]}, got {value!r}")
     if kind == _TEXTS:
         return tuple(value)
     if kind == "float":
         value = float(value)
         if not math.isfinite(value):
-            raise CliError(f"{where} must be finite, got {value}")
+            raise ConfigError(f"{where} must be finite, got {value}")
     return value
 
 
@@ -278,15 +282,15 @@ _AT_LEAST_ONE = (
 def _check_value(where: str, key: str, value: Any) -> None:
     choices = _CHOICES.get(key)
     if choices and value not in choices:
-        raise CliError(f"{where} must be one of {', '.join(choices)}, got {value!r}")
+        raise ConfigError(f"{where} must be one of {', '.join(choices)}, got {value!r}")
     if key in _AT_LEAST_ONE and value < 1:
-        raise CliError(f"{where} must be at least 1, got {value}")
+        raise ConfigError(f"{where} must be at least 1, got {value}")
     if key == "methods":
         wrong = [method for method in value if method not in METHODS]
         if wrong or not value or len(set(value)) < len(value):
-            raise CliError(f"{where} must be some of {', '.join(METHODS)}, got {list(value)}")
+            raise ConfigError(f"{where} must be some of {', '.join(METHODS)}, got {list(value)}")
     if key == "save_folder_name" and (Path(value).name != value or value in ("", ".", "..")):
-        raise CliError(f"{where} must be the name of a folder, got {value!r}")
+        raise ConfigError(f"{where} must be the name of a folder, got {value!r}")
 
 
 def _fetch(lora: Lora) -> Path:
@@ -294,7 +298,7 @@ def _fetch(lora: Lora) -> Path:
     try:
         import huggingface_hub as hub
     except ImportError:
-        raise CliError(
+        raise ConfigError(
             f"{lora.file_path} is not here, and fetching it needs huggingface_hub "
             f"(pip install huggingface_hub)"
         ) from None
@@ -305,4 +309,4 @@ def _fetch(lora: Lora) -> Path:
         return Path(hub.snapshot_download(lora.file_path, allow_patterns=files))
     except Exception as error:  # the hub's own, requests', httpx's, OSError
         first = str(error).strip().split("\n")[0]
-        raise CliError(f"{lora.file_path} is no file here, and the hub says: {first}") from error
+        raise ConfigError(f"{lora.file_path} is no file here, and the hub says: {first}") from error
