@@ -37,7 +37,8 @@ MATRIX_TESTS = (
     *WHEEL_TESTS,
     *("test_reference", "test_attach", "test_attach_models", "test_attach_refusals"),
     *("test_attach_values", "test_adapters_files", "test_adapters_inject", "test_adapters_peft"),
-    *("test_export", "test_merges", "test_export_pipeline"),
+    *("test_export", "test_export_settings", "test_export_refusals", "test_export_pipeline"),
+    "test_merges",
     *("test_compile", "test_settings", "test_recomputation", "test_stale_factors"),
 )
 # What the tests of PEFT's models need beside the package.

@@ -1,17 +1,16 @@
-"""export: what is written runs in PEFT and here as the merge did; refusals leave no file."""
+"""export: what is written runs in PEFT and here as the merge did."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
-import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from adapter_files import write_file
+from exports import close, refused, reloaded
 from image_tensors import kohya
 from models import KINDS, SUBJECTS, Subject, adapted
 from peft_models import Small, X, layer, make
@@ -20,8 +19,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import lora_ortho
-from lora_ortho import Adapter, attach, export, inject, load_adapter, mask_stream
-from lora_ortho.adapters import LoadedAdapter, adapters_of, assign_streams
+from lora_ortho import Adapter, attach, export, inject, load_adapter
+from lora_ortho.adapters import LoadedAdapter, adapters_of
 
 peft = pytest.importorskip("peft", reason="PEFT is not installed: nothing to export for")
 
@@ -29,17 +28,6 @@ peft = pytest.importorskip("peft", reason="PEFT is not installed: nothing to exp
 @pytest.fixture
 def subject(request: pytest.FixtureRequest) -> Subject:
     return SUBJECTS[request.param]
-
-
-def reloaded(base: nn.Module, folder: Path) -> Any:
-    """A model with the exported adapter, in PEFT."""
-    model = peft.PeftModel.from_pretrained(base, folder)
-    return model.double().eval()
-
-
-def close(ours: Tensor, theirs: Tensor, relative: float = 1e-9) -> None:
-    size = relative * float(theirs.abs().max())
-    torch.testing.assert_close(ours, theirs, rtol=relative, atol=size)
 
 
 @torch.no_grad()
@@ -280,255 +268,3 @@ def test_the_shortest_names_that_select_the_layers(
     assert fields["target_modules"] == targets
     adapted = peft.PeftModel.from_pretrained(model, tmp_path / "x").base_model.model
     assert [n for n, m in adapted.named_modules() if hasattr(m, "lora_A")] == names
-
-
-# What an attachment or injection was set to
-
-
-def deltas_of(folder: Path) -> dict[str, Tensor]:
-    layers = load_adapter(folder).layers
-    return {name: part.scaling * part.lora_B @ part.lora_A for name, part in layers.items()}
-
-
-SETTINGS: Any = {"p": [0.75, 0.5], "weights": [0.5, -2.0]}
-
-
-def test_an_attached_model_is_exported_as_it_is_attached(tmp_path: Path) -> None:
-    """Rates, weights, order, seed and sample, of the model and of the handle, until given."""
-    model = make()
-    named: Any = {"adapters": ["two", "one"], **SETTINGS}
-    export(model, tmp_path / "wanted", "ortho_rows", seed=7, sample=3, **named)
-    export(
-        model, tmp_path / "other", "ortho_rows", seed=7, sample=3, **{**named, "weights": [1, 1]}
-    )
-    wanted, other = deltas_of(tmp_path / "wanted"), deltas_of(tmp_path / "other")
-    with attach(model, ["two", "one"], seed=7, **SETTINGS) as handle:
-        handle.set(sample=3)
-        for j, source in enumerate((model, handle)):
-            export(source, tmp_path / f"{j}", "ortho_rows")
-            export(source, tmp_path / f"given{j}", "ortho_rows", weights=[1, 1])
-            for name, delta in deltas_of(tmp_path / f"{j}").items():
-                assert torch.equal(delta, wanted[name])
-            for name, delta in deltas_of(tmp_path / f"given{j}").items():
-                assert torch.equal(delta, other[name])
-        with safe_open(tmp_path / "0" / "adapter_model.safetensors", "pt") as file:
-            made = json.loads(file.metadata()["lora_ortho"])
-        assert [(one["name"], one["p"], one["weight"]) for one in made["adapters"]] == [
-            ("two", 0.75, 0.5), ("one", 0.5, -2.0)
-        ]  # fmt: skip
-        assert (made["seed"], made["sample"], made["mask_stream"]) == (7, 3, 1)
-        model.base_model.set_adapter(["one", "two"])  # attached layers keep their own order
-        export(model, tmp_path / "reset", "ortho_rows")
-        for name, delta in deltas_of(tmp_path / "reset").items():
-            assert torch.equal(delta, wanted[name])
-        export(handle, tmp_path / "some", adapters=["one"])
-    with attach(model, weights=[0.0, 1.0], seed=7, keep_zero_weights=True):
-        export(model, tmp_path / "kept", "ortho_rows")
-        export(model, tmp_path / "off", "ortho_rows", keep_zero_weights=False)
-    given: Any = {"weights": [0.0, 1.0], "seed": 7}
-    export(model, tmp_path / "kept_too", "ortho_rows", keep_zero_weights=True, **given)
-    for name, delta in deltas_of(tmp_path / "kept").items():
-        assert torch.equal(delta, deltas_of(tmp_path / "kept_too")[name])
-        assert not torch.equal(delta, deltas_of(tmp_path / "off")[name])
-    with pytest.raises(ValueError, match="the handle is detached"):
-        export(handle, tmp_path / "late")
-    with safe_open(tmp_path / "some" / "adapter_model.safetensors", "pt") as file:
-        (one,) = json.loads(file.metadata()["lora_ortho"])["adapters"]
-    assert (one["name"], one["p"], one["weight"]) == ("one", 0.5, -2.0)
-
-
-def test_an_injection_is_exported_as_it_is(tmp_path: Path) -> None:
-    """With convolutions and biases, and factors as they are at this moment."""
-    make("one", lora_bias=True).save_pretrained(tmp_path)
-    make("two").save_pretrained(tmp_path)
-    model = Small()
-    loaded = [load_adapter(tmp_path / name, model) for name in ("one", "two")]
-    export(loaded, tmp_path / "wanted", "ortho_rows", seed=9, sample=2, **SETTINGS)
-    export(loaded, tmp_path / "default", "ortho_rows")
-    with inject(model, loaded, seed=9, **SETTINGS) as handle:
-        handle.set(sample=2)
-        export(handle, tmp_path / "found", "ortho_rows")
-        refused(tmp_path, handle, ValueError, "an injection is exported whole", adapters=["one"])
-        refused(tmp_path, model, ValueError, "give the handle that inject gave")
-    with inject(model, loaded) as handle:
-        export(handle, tmp_path / "fresh", "ortho_rows")
-    for found, right in (("found", "wanted"), ("fresh", "default")):
-        one, two = (load_adapter(tmp_path / name) for name in (found, right))
-        assert list(one.layers) == list(two.layers)
-        assert one.kernels == two.kernels
-        for name, part in two.layers.items():
-            for field in ("lora_A", "lora_B", "bias"):
-                assert torch.equal(getattr(one.layers[name], field), getattr(part, field))
-
-
-def test_weight_0_is_off(tmp_path: Path) -> None:
-    """Left out before K is counted; a layer that only such adapters adapt is left out."""
-    model = make("one", "two", "three")
-    for name in ("down", "image"):
-        layer(model, name).set_adapter(["one", "two"])
-    layer(model, "down").set_adapter(["two"])
-    found = {adapter.name: adapter for adapter in adapters_of(model)}
-    loaded = [found[name] for name in ("one", "two", "three")]
-    export(loaded, tmp_path / "x", "ortho_rows", weights=[1, 0, 2], seed=4)
-    export([loaded[0], loaded[2]], tmp_path / "y", "ortho_rows", weights=[1, 2], seed=4)
-    assert list(deltas_of(tmp_path / "x")) == ["image", "up"]
-    for name, delta in deltas_of(tmp_path / "y").items():
-        assert torch.equal(delta, deltas_of(tmp_path / "x")[name])
-    export(loaded, tmp_path / "kept", "ortho_rows", weights=[1, 0, 2], seed=4,
-           keep_zero_weights=True)  # fmt: skip
-    kept = deltas_of(tmp_path / "kept")["up"]
-    stream = assign_streams(["down", "image", "up"])["up"]
-    owner = mask_stream.winners(4, range(1), range(10), [2 / 3] * 3, stream=stream)[0]
-    assert set(owner.tolist()) == {0, 1, 2}
-    assert bool((kept[owner == 1] == 0).all())
-    export(loaded, tmp_path / "p", "ortho_rows", weights=[1, 0, 2], p=[0.5, 0.1, 0.5], seed=4)
-    for name, delta in deltas_of(tmp_path / "y").items():
-        if name == "up":  # 0.1 of the one that is off counts for nothing
-            assert torch.equal(delta, deltas_of(tmp_path / "p")[name])
-    refused(tmp_path, loaded, ValueError, "every adapter has weight 0", weights=[0, 0, 0])
-
-
-# Refusals
-
-
-def refused(
-    folder: Path, source: Any, error: type[Exception], *parts: str, **arguments: Any
-) -> None:
-    before = sorted(os.listdir(folder))
-    with pytest.raises(error) as caught:
-        export(source, folder / "refused", **arguments)
-    for part in parts:
-        assert part in str(caught.value), str(caught.value)
-    assert sorted(os.listdir(folder)) == before
-
-
-@pytest.mark.parametrize("method", ["orthogonal", "dropout"])
-def test_stochastic_merges_are_refused(tmp_path: Path, method: str) -> None:
-    refused(tmp_path, make(), ValueError, method, "new masks for every token", '"ortho_rows"',
-            '"direct"', "attach or inject", method=method)  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    ("arguments", "error", "part"),
-    [
-        ({"method": "ties"}, ValueError, "method must be"),
-        ({"rank": 0}, ValueError, "rank must be at least 1"),
-        ({"rank": 2.0}, TypeError, "rank must be an int"),
-        ({"p": [0.5]}, ValueError, "p must hold 2 values"),
-        ({"p": [0.1, 0.1], "method": "ortho_rows"}, ValueError, "smallest admissible rate"),
-        ({"weights": [1.0]}, ValueError, "weights must hold 2 values"),
-        ({"adapters": ["three"]}, ValueError, "model has no 'three'"),
-        ({"seed": "x", "method": "ortho_rows"}, TypeError, "seed must be"),
-        ({"dtype": torch.int8}, TypeError, "dtype must be"),
-    ],
-)
-def test_wrong_arguments(
-    tmp_path: Path, arguments: dict[str, Any], error: type[Exception], part: str
-) -> None:
-    refused(tmp_path, make(), error, part, **arguments)
-
-
-def test_wrong_sources(tmp_path: Path) -> None:
-    refused(tmp_path, [], ValueError, "at least one adapter")
-    refused(tmp_path, [3], TypeError, "source[0] must come from load_adapter")
-    refused(tmp_path, 3, TypeError, "source must be a list of what load_adapter returns, got int")
-    refused(tmp_path, Small(), ValueError, "holds no PEFT layers")
-    loaded = adapters_of(make())
-    refused(tmp_path, loaded, ValueError, "of a module only", adapters=["one"])
-    with pytest.raises(TypeError, match="path must be a path"):
-        export(loaded, 3)  # type: ignore[arg-type]
-    del (other := Small()).up
-    refused(tmp_path, loaded, ValueError, "model has no layer up", model=other)
-
-
-def test_what_an_adapter_would_lose(tmp_path: Path) -> None:
-    """Variants, saved modules and biases are not low-rank factors."""
-    for name, fields, part in (
-        ("up", {"use_dora": True}, "is a variant"),
-        ("head", {"modules_to_save": ["head"]}, "saves this module, which would be lost"),
-        ("the model", {"bias": "lora_only"}, "replaces biases of the model"),
-    ):
-        config = peft.LoraConfig(r=2, target_modules=["up"], **fields)
-        model = peft.get_peft_model(Small(), config, "one")
-        refused(tmp_path, model, ValueError, "cannot take adapters", name, "'one'", part)
-
-
-def test_existing_folder(tmp_path: Path) -> None:
-    model = make()
-    export(model, tmp_path / "refused")
-    before = (tmp_path / "refused" / "adapter_model.safetensors").read_bytes()
-    refused(tmp_path, model, FileExistsError, "exists; force=True", weights=[2.0, 1.0])
-    assert (tmp_path / "refused" / "adapter_model.safetensors").read_bytes() == before
-    export(model, tmp_path / "refused", weights=[2.0, 1.0], force=True)
-    assert (tmp_path / "refused" / "adapter_model.safetensors").read_bytes() != before
-    assert os.listdir(tmp_path) == ["refused"]
-
-
-@pytest.mark.parametrize(
-    "strange",
-    ["thesis.txt", "other.safetensors", "unet/config.json", "unet/deep/adapter_config.json", "x/"],
-)
-def test_force_replaces_adapters_alone(tmp_path: Path, strange: str) -> None:
-    model, folder = make(), tmp_path / "refused"
-    folder.mkdir()
-    export(model, folder, force=True)  # an empty one
-    (folder / "README.md").write_text("the card that PEFT writes", encoding="utf-8")
-    for part in ("unet", "text_encoder"):
-        export(model, folder / part)
-    export(model, folder, force=True)
-    assert sorted(os.listdir(folder)) == ["adapter_config.json", "adapter_model.safetensors"]
-    export(model, folder / "unet")
-    (folder / strange).parent.mkdir(exist_ok=True)
-    if strange.endswith("/"):
-        (folder / strange).mkdir()
-    else:
-        (folder / strange).write_text("precious", encoding="utf-8")
-    before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
-    first = "/".join(strange.split("/")[:2]).rstrip("/")
-    refused(tmp_path, model, FileExistsError, str(folder / first), "no part of an", force=True)
-    assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()} == before
-
-
-def test_force_replaces_no_file_and_no_readme(tmp_path: Path) -> None:
-    model, path = make(), tmp_path / "refused"
-    path.write_text("precious", encoding="utf-8")
-    refused(tmp_path, model, FileExistsError, "refused is no part of an exported", force=True)
-    assert path.read_text(encoding="utf-8") == "precious"
-    path.unlink()
-    path.mkdir()
-    (path / "README.md").write_text("precious", encoding="utf-8")
-    refused(tmp_path, model, FileExistsError, "README.md is no part of an exported", force=True)
-    assert (path / "README.md").read_text(encoding="utf-8") == "precious"
-
-
-@pytest.mark.parametrize("path", [".", "", "..", "/", "../here"])
-@pytest.mark.parametrize("force", [False, True])
-def test_the_working_directory(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str, force: bool
-) -> None:
-    (tmp_path / "here").mkdir()
-    monkeypatch.chdir(tmp_path / "here")
-    with pytest.raises(ValueError, match="path must be a folder to be made"):
-        export(make(), path, force=force)
-    assert list(tmp_path.rglob("*")) == [tmp_path / "here"]
-
-
-@pytest.mark.parametrize("force", [False, True])
-def test_a_failure_on_the_way_leaves_what_was_there(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, force: bool
-) -> None:
-    model = make()
-    if force:
-        export(model, tmp_path / "refused")
-        before = (tmp_path / "refused" / "adapter_model.safetensors").read_bytes()
-    files: Any = sys.modules["lora_ortho.adapters.files.export_files"]
-    for place, name in ((files, "save"), (os, "rename")):
-
-        def fail(*_: Any, **__: Any) -> None:
-            raise OSError("no space left")
-
-        with monkeypatch.context() as patch:
-            patch.setattr(place, name, fail)
-            refused(tmp_path, model, OSError, "no space left", force=force, weights=[2.0, 1.0])
-    if force:
-        assert (tmp_path / "refused" / "adapter_model.safetensors").read_bytes() == before

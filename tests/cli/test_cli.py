@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from adapter_files import PREFIX, config, tensors, write
+from commands import fails
 from safetensors.torch import save_file
 
 import lora_ortho
@@ -31,16 +32,6 @@ def folders(tmp_path: Path) -> list[str]:
     """Two adapters of the small model with different factors."""
     other = {key: value.flip(0) + 0.5 for key, value in tensors().items()}
     return [str(write(tmp_path / "one")), str(write(tmp_path / "two", factors=other))]
-
-
-def fails(capsys: pytest.CaptureFixture[str], status: int, *arguments: str) -> str:
-    """Runs a command that must fail; returns its one line of error, without the prefix."""
-    assert main(list(arguments)) == status
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    (line,) = captured.err.splitlines()
-    assert line.startswith("lora-ortho: error: ")
-    return line.removeprefix("lora-ortho: error: ")
 
 
 def test_inspect_table(folders: list[str], capsys: pytest.CaptureFixture[str]) -> None:
@@ -100,7 +91,7 @@ def test_inspect_names_by_path(tmp_path: Path, capsys: pytest.CaptureFixture[str
     paths = [str(tmp_path / parent / "same") for parent in ("x", "y")]
     assert main(["inspect", *paths]) == 0
     assert "x/same & y/same" in capsys.readouterr().out
-    assert "given twice" in fails(capsys, 1, "inspect", paths[0], paths[0])
+    assert "given twice" in fails(capsys, "inspect", paths[0], paths[0])
 
 
 def test_inspect_names_of_files(
@@ -129,7 +120,7 @@ def test_inspect_plot(
     assert picture.read_bytes().startswith(PNG)
     capsys.readouterr()
     picture.write_bytes(b"mine")
-    assert "--force" in fails(capsys, 1, "inspect", *folders, "--plot", str(picture))
+    assert "--force" in fails(capsys, "inspect", *folders, "--plot", str(picture))
     assert picture.read_bytes() == b"mine"
     assert main(["inspect", *folders, "--plot", str(picture), "--force"]) == 0
     assert picture.read_bytes().startswith(PNG)
@@ -143,10 +134,10 @@ def test_a_plot_that_fails_leaves_no_file(
     folders: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert "nothing to draw" in fails(
-        capsys, 1, "inspect", folders[0], "--plot", str(tmp_path / "map.png")
+        capsys, "inspect", folders[0], "--plot", str(tmp_path / "map.png")
     )
     assert "not supported" in fails(
-        capsys, 1, "inspect", *folders, "--plot", str(tmp_path / "map.xyz")
+        capsys, "inspect", *folders, "--plot", str(tmp_path / "map.xyz")
     )
     assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "two"]
 
@@ -177,15 +168,15 @@ def test_blocks_are_labelled_shortly() -> None:
 def test_refused_files_are_one_line(
     tmp_path: Path, folders: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert "does not exist" in fails(capsys, 1, "inspect", str(tmp_path / "none"))
+    assert "does not exist" in fails(capsys, "inspect", str(tmp_path / "none"))
     dora = write(tmp_path / "dora", config(use_dora=True))
-    assert "use_dora" in fails(capsys, 1, "inspect", str(dora))
+    assert "use_dora" in fails(capsys, "inspect", str(dora))
     nan = tensors()
     nan[f"{PREFIX}a.lora_A.weight"][0, 0] = torch.nan
-    assert "NaN" in fails(capsys, 1, "inspect", str(write(tmp_path / "nan", factors=nan)))
-    assert "NAME=FILE" in fails(capsys, 1, "inspect", *folders, "--inputs", "one")
+    assert "NaN" in fails(capsys, "inspect", str(write(tmp_path / "nan", factors=nan)))
+    assert "NAME=FILE" in fails(capsys, "inspect", *folders, "--inputs", "one")
     missing = f"one={tmp_path / 'none'}"
-    assert "No such file" in fails(capsys, 1, "inspect", *folders, "--inputs", missing)
+    assert "No such file" in fails(capsys, "inspect", *folders, "--inputs", missing)
 
 
 @pytest.mark.parametrize("arguments", [[], ["paint"], ["inspect"], ["doctor", "--loud"]])

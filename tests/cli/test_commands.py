@@ -172,6 +172,7 @@ def test_script_of_the_installation_is_the_same_program() -> None:
         "inspect one --p much",
         "merge",
         "merge merge.toml --rank few",
+        "merge merge.toml --mthod direct",
         "doctor --loud",
         "bench --case 3",
         "bench --only nothing",
@@ -182,7 +183,8 @@ def test_wrong_usage_is_status_2(line: str) -> None:
     done = run(*line.split())
     assert done.status == 2, done
     assert done.out == ""
-    assert done.err.startswith("usage: lora-ortho ")
+    commands = [word for word in line.split()[:1] if word in ("inspect", "merge", "doctor")]
+    assert done.err.startswith(" ".join(["usage: lora-ortho", *commands, ""]))
     assert "error: " in done.err.splitlines()[-1]
 
 
