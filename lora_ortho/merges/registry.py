@@ -121,8 +121,8 @@ def register(
     """Registers a function under its own name; see `Method` for the arguments.
 
     Raises:
-        TypeError: its parameters are not adapters, the coordinates where it draws, and keywords
-            with defaults.
+        TypeError: it takes something else than adapters, by keyword the coordinates if it draws,
+            and by keyword its own parameters, each with a default.
         ValueError: a merge of that name is there.
     """
 
@@ -131,13 +131,12 @@ def register(
         found = Method(name, function, Gives(gives), masks, needs, when, source)
         if name in METHODS:
             raise ValueError(f"a merge called {name!r} is registered already")
-        first, *others = inspect.signature(function).parameters
-        has = tuple(other for other in others if other in COORDINATES)
-        if first != "adapters" or has != (COORDINATES if found.draws else ()):
-            wanted = ", ".join(["adapters", "*", *(COORDINATES if found.draws else ())])
-            raise TypeError(f"{name} must take ({wanted}) and its parameters, got {others}")
-        without = [key for key, default in found.parameters.items() if default is inspect._empty]
-        if without or len(has) + len(found.parameters) != len(others):
+        takes, drawn = list(inspect.signature(function).parameters), COORDINATES * found.draws
+        if takes[:1] != ["adapters"] or tuple(x for x in takes if x in COORDINATES) != drawn:
+            wanted = ", ".join(["adapters", "*", *drawn])
+            raise TypeError(f"{name} must take ({wanted}) and its parameters, got {takes}")
+        own = found.parameters
+        if inspect.Parameter.empty in own.values() or len(takes) != 1 + len(drawn) + len(own):
             raise TypeError(f"{name} must take its parameters by keyword, each with a default")
         METHODS[name] = found
         return function
@@ -146,8 +145,8 @@ def register(
 
 
 def method_named(name: object) -> Method:
-    """The merge of that name; ValueError with the names there are, and the way to those that are
-    no weight."""
+    """The merge of that name; the ValueError for any other lists them, and says where merges that
+    are no weight are run."""
     if isinstance(name, str) and name in METHODS:
         return METHODS[name]
     known = ", ".join(METHODS)

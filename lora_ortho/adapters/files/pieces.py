@@ -20,9 +20,9 @@ class Piece:
     Attributes:
         layer: its name in the adapter that is made.
         lora_A, lora_B, bias: keys; bias None where there is none.
-        scaling: alpha/r, or alpha/sqrt(r) for rsLoRA; 1 where the file has neither.
-        alpha: key of a tensor alpha, which makes the scaling alpha/r whatever `scaling` says.
         kernel: of a convolution; empty for a linear layer.
+        scaling: as a configuration has it; 1 where there is none.
+        alpha: key of a tensor that holds alpha, for a scaling of alpha/r; None where there is none.
     """
 
     layer: str

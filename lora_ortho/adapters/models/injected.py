@@ -74,7 +74,7 @@ class LayerAdapters(FusedOrthoLoRALinear):
         return self
 
     def scale_by(self, scale: float, model: int) -> None:
-        """Multiplies all weights while a model is called so; 1 when the call has ended.
+        """Multiplies all weights while a call of a model has this scale; 1 ends that.
 
         What is set meanwhile stays, and is multiplied too.
 
@@ -93,7 +93,7 @@ class LayerAdapters(FusedOrthoLoRALinear):
         self._scale_to(weights)
 
     def _scaled(self, scales: dict[int, float]) -> tuple[float, ...]:
-        """The weights of now, multiplied; ValueError unless they are finite."""
+        """The present weights times the scales; ValueError unless they are finite."""
         factor = prod(scales.values())
         weights = [factor * weight for weight in self.weights]
         return tuple(finite_numbers("weights", weights, len(weights)))
