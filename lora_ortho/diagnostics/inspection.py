@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 
 from lora_ortho.adapters import LoadedAdapter
-from lora_ortho.mask_stream import SUM_SLACK, UNIT, rates
+from lora_ortho.mask_stream import SUM_SLACK, UNIT, default_rates, rates
 from lora_ortho.module import Adapter
 
 from .factors import Factorisation, Overlap, factorise
@@ -97,7 +97,7 @@ def _layer(name: str, parts: Mapping[str, Factorisation], adapters: Sequence[Ada
         tuple(parts),
         tuple(adapter.lora_A.shape[0] for adapter in adapters),
         tuple(part.norm for part in parts.values()),
-        1.0 - 1.0 / len(adapters),
+        default_rates(len(adapters))[0],
     )
 
 
