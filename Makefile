@@ -67,13 +67,13 @@ docs: $(VENV)/dev.stamp
 bench: $(VENV)/dev.stamp
 	$(BIN)/python -m benchmarks
 
-# Measures everything anew, for the result file of this kind of machine and what the README shows.
+# Measures everything anew, for the result file of this kind of machine, docs/benchmarks.md and the README's table.
 results: $(VENV)/dev.stamp
 	$(BIN)/python -m benchmarks --save
-	$(BIN)/python -m benchmarks.figures README.md
+	$(BIN)/python -m tools.figures
 
 figures: $(VENV)/dev.stamp
-	$(BIN)/python -m benchmarks.figures README.md
+	$(BIN)/python -m tools.figures
 
 # A wheel for this Python and for Linux machines without a compiler, of the kernels of every
 # instruction set; CUDA kernels only on request. libgomp stays the one that torch brings.
@@ -95,7 +95,7 @@ matrix:
 
 # Needs no network: it builds with what this Python has. LORA_ORTHO_GPU_REHEARSAL=1 needs no GPU.
 gpu:
-	$(PYTHON) -m benchmarks.gpu
+	$(PYTHON) tools/gpu_run.py
 
 $(VENV)/demo.stamp: pyproject.toml requirements-dev.txt setup.py $(NATIVE) | $(BIN)/python
 	$(call announce,$(VENV),2.9 GB,0.4 GB,The demo runs for three.)

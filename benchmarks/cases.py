@@ -1,4 +1,4 @@
-"""The timed cases, and the tensors of one."""
+"""The timed cases: their sizes, the least that each costs, and its tensors."""
 
 from __future__ import annotations
 
@@ -13,6 +13,23 @@ from .device import Device
 
 SEED = 2510_03262
 B_SCALE = 0.02  # standard deviation of lora_B
+
+
+@dataclass(frozen=True)
+class Work:
+    """The least that a call costs: bytes that must move, operations that must be done.
+
+    Each input is read once, each output written once; a multiply-add is two operations. Of the
+    expand step only the owner's r products per element count, since no other adapter's product
+    enters the result. Where a case fits in a cache, fewer bytes than these reach memory.
+    """
+
+    bytes: int
+    operations: int
+
+    def seconds(self, copy_bytes_per_second: float, operations_per_second: float) -> float:
+        """The longer of the two at these rates."""
+        return max(self.bytes / copy_bytes_per_second, self.operations / operations_per_second)
 
 
 class Case(NamedTuple):
@@ -41,6 +58,34 @@ class Case(NamedTuple):
             )
         return Case(*map(int, found.groups()))
 
+    def forward(self, dtype: str) -> Work:
+        """x, A, B, base read; y written."""
+        t, d_in, d_out, count, rank = self
+        numbers = t * d_in + count * rank * (d_in + d_out) + 2 * t * d_out
+        operations = 2 * t * rank * (count * d_in + d_out)
+        return Work(numbers * DTYPES[dtype].itemsize, operations)
+
+    def backward(self, dtype: str) -> Work:
+        """Forward and backward: of the latter x, A, B, grad read, grad_x, grad_A, grad_B written.
+
+        The gradient of base is grad. grad_s and grad_B take the owner's r products of an element
+        each; grad_A and grad_x all of s.
+        """
+        t, d_in, d_out, count, rank = self
+        numbers = 2 * t * d_in + 2 * count * rank * (d_in + d_out) + t * d_out
+        operations = 4 * t * rank * (count * d_in + d_out)
+        there = self.forward(dtype)
+        moved = numbers * DTYPES[dtype].itemsize
+        return Work(there.bytes + moved, there.operations + operations)
+
+    def expand(self, dtype: str) -> Work:
+        """Draw, expand, add: s, B, base read; y written."""
+        t, _, d_out, count, rank = self
+        numbers = t * count * rank + count * rank * d_out + 2 * t * d_out
+        return Work(numbers * DTYPES[dtype].itemsize, 2 * t * rank * d_out)
+
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 CPU_CASES = (
     Case(1, 4096, 4096, 3, 16),
@@ -73,8 +118,28 @@ TINY_CASES = (Case(1, 32, 64, 3, 4), Case(16, 32, 64, 3, 4), Case(24, 32, 128, 2
 MANY_ADAPTERS = CPU_CASES[9]
 LARGE = CPU_CASES[3]
 ONE_TOKEN = CPU_CASES[0]
+EXPANDED = (GPU_CASES[3], GPU_CASES[4])  # where draw + expand + add has a target
+WHOLE_LAYER = GPU_CASES[3]
+CASES = {"cpu": CPU_CASES, "gpu": GPU_CASES, "rehearsal": TINY_CASES}
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+# How time grows with one size while the others stay: tokens, d_out, K, rank; and with threads, of
+# which the machine decides how many there are.
+_SCALED = Case(256, 1024, 1024, 3, 16)
+AXES = {
+    "tokens": tuple(_SCALED._replace(tokens=n) for n in (64, 256, 1024, 4096)),
+    "d_out": tuple(_SCALED._replace(d_out=n) for n in (512, 1024, 2048, 4096, 8192)),
+    "K": tuple(_SCALED._replace(adapters=n) for n in (2, 4, 8, 16, 32, 64)),
+    "rank": tuple(_SCALED._replace(rank=n) for n in (4, 8, 16, 32, 64, 128)),
+    "threads": (),
+}
+THREADS_CASE = _SCALED._replace(tokens=1024)
+# Memory against tokens.
+MEMORY_TOKENS = tuple(_SCALED._replace(tokens=n) for n in (256, 1024, 4096, 16384))
+
+
+def size_on(axis: str, case: Case) -> int:
+    """A case's place on an axis of sizes."""
+    return int(getattr(case, "adapters" if axis == "K" else axis))
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from . import record
-from .record import SECTIONS, Result, Row
+from .record import SECTIONS, MemoryRow, ModelRow, Result, Row, ThreadsRow, TimedRow
 
 _SMALL_BYTES = 1 << 18  # memory is exact to about 0.1 MiB
 
@@ -46,50 +46,47 @@ class Change(NamedTuple):
 
 def _figures(row: Row, seconds: bool) -> Iterator[tuple[str, Figure]]:
     """The figures of a row by name."""
-    for name, q in row.get("ratios", {}).items():
-        above, _, below = name.partition("/")
-        if below == "ours" or (above, below) == ("several", "one"):
+    if isinstance(row, TimedRow | ModelRow):
+        for name, q in row.ratios.items():
+            above, _, below = name.partition("/")
             if below == "ours":  # how many times faster: turned round, so that more is worse
-                yield f"ours/{above}", Figure(1 / q["median"], 1 / q["q3"], 1 / q["q1"])
-            else:
-                yield name, Figure(q["median"], q["q1"], q["q3"])
-        elif above == "ours":
-            yield name, Figure(q["median"], q["q1"], q["q3"])
-    if "ours" in row.get("speedup", {}):
-        q = row["speedup"]["ours"]
-        yield "one thread's share", Figure(1 / q["median"], 1 / q["q3"], 1 / q["q1"])
-    if row.get("contender") == "ours":
-        for direction in ("forward", "backward"):
-            if direction in row:
-                size = float(max(_SMALL_BYTES, row[direction]))
-                yield f"{direction} bytes", Figure(size, size, size)
-    if seconds:
-        for name, q in row.get("seconds", {}).items():
-            yield f"seconds of {name}", Figure(q["median"], q["q1"], q["q3"])
+                yield f"ours/{above}", Figure(1 / q.median, 1 / q.q3, 1 / q.q1)
+            elif above == "ours" or (above, below) == ("several", "one"):
+                yield name, Figure(q.median, q.q1, q.q3)
+        if seconds:
+            for name, q in row.seconds.items():
+                yield f"seconds of {name}", Figure(q.median, q.q1, q.q3)
+    if isinstance(row, ThreadsRow):
+        q = row.speedup["ours"]
+        yield "one thread's share", Figure(1 / q.median, 1 / q.q3, 1 / q.q1)
+    if isinstance(row, MemoryRow) and row.contender == "ours":
+        for name, found in (("forward", row.forward_bytes), ("backward", row.backward_bytes)):
+            if found is not None:
+                size = float(max(_SMALL_BYTES, found))
+                yield f"{name} bytes", Figure(size, size, size)
 
 
 def changes(old: Result, new: Result, seconds: bool = False) -> list[Change]:
     """Every figure that both have, and those that are gone from ``new`` or refused there."""
     found: list[Change] = []
     for section in SECTIONS:
-        fresh = {record.key(row): row for row in new[section]}
-        for row in old[section]:
-            name = " ".join((section, *filter(lambda part: part != "None", record.key(row))))
-            now = fresh.get(record.key(row))
+        fresh = {record.key(row): row for row in new.rows(section)}
+        for row in old.rows(section):
+            name, now = " ".join((section, *record.key(row))), fresh.get(record.key(row))
             found += _row_changes(name, row, now, seconds)
     return found
 
 
 def _row_changes(name: str, old: Row, new: Row | None, seconds: bool) -> Iterator[Change]:
+    figures = dict(_figures(old, seconds))
     if new is None:
-        if any(True for _ in _figures(old, seconds)):
+        if figures:
             yield Change(name, None, "no such row any more", True)
         return
     now = dict(_figures(new, seconds))
-    refused = new.get("refused") or {}
-    for figure, was in _figures(old, seconds):
+    for figure, was in figures.items():
         if figure not in now:
-            yield Change(f"{name}: {figure}", None, f"gone; refused: {refused}", True)
+            yield Change(f"{name}: {figure}", None, f"gone; refused: {new.refused}", True)
             continue
         is_ = now[figure]
         clear = is_.low > was.high or is_.high < was.low
@@ -139,14 +136,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except record.ResultError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    if old["kind"] != new["kind"]:
-        print(f"error: of different machines: {old['kind']} and {new['kind']}", file=sys.stderr)
+    if old.kind != new.kind:
+        print(f"error: of different machines: {old.kind} and {new.kind}", file=sys.stderr)
         return 2
-    for name in ("machine", "versions"):
-        for key in sorted(old[name].keys() | new[name].keys()):
-            before, now = old[name].get(key), new[name].get(key)
-            if before != now:
-                print(f"{key}: {before} -> {now}")
+    was, now = ({**vars(result.machine), **result.versions} for result in (old, new))
+    for name in sorted(was.keys() | now.keys()):
+        if was.get(name) != now.get(name):
+            print(f"{name}: {was.get(name)} -> {now.get(name)}")
     text, worse = report(changes(old, new, arguments.seconds), arguments.beyond)
     print(text)
     return 1 if worse else 0

@@ -1,44 +1,30 @@
-"""Timing side by side: interleaved repetitions, medians with quartiles, ratios round by round."""
+"""Timing side by side: checked first, then interleaved repetitions, ratios round by round."""
 
 from __future__ import annotations
 
+import functools
 import gc
 import os
-import statistics
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from .device import Stopwatch
+from . import checks, peers
+from .cases import DTYPES, Case, Inputs, make
+from .device import Call, Device, Stopwatch, device_of
+from .record import Quartiles, TimedRow
 
 # Cores that others may keep busy in an undisturbed measurement.
-DISTURBED = 0.15
+DISTURBED_CORES = 0.15
 _LONG = 25  # rounds
 
-
-@dataclass(frozen=True)
-class Quartiles:
-    """Median and quartiles of a number of measurements."""
-
-    median: float
-    q1: float
-    q3: float
-    count: int
-
-    @staticmethod
-    def of(values: list[float]) -> Quartiles:
-        """Of at least one value."""
-        several = values if len(values) > 1 else values * 2
-        q1, median, q3 = statistics.quantiles(several, n=4, method="inclusive")
-        return Quartiles(median, q1, q3, len(values))
-
-    def json(self) -> dict[str, Any]:
-        """As JSON, four significant digits."""
-        return {k: float(f"{v:.4g}") if k != "count" else v for k, v in asdict(self).items()}
+Check = Callable[[Any], None]
+Contender = tuple[Callable[[Inputs], Call], Check]
+Pairs = Sequence[tuple[str, str]]
 
 
 @dataclass(frozen=True)
@@ -64,26 +50,113 @@ class Times:
     """Seconds per call of each contender, one value a round.
 
     Attributes:
-        seconds: by contender; the lists are of one length.
-        others: processor cores that other processes and virtual machines kept busy meanwhile;
-            None where the system does not tell.
+        rounds: by contender; the lists are of one length.
+        others_cores: processor cores that other processes and virtual machines kept busy
+            meanwhile; None where the system does not tell.
     """
 
-    seconds: Mapping[str, list[float]]
-    others: float | None
+    rounds: Mapping[str, list[float]]
+    others_cores: float | None
 
-    def of(self, name: str) -> Quartiles:
-        """Time of one contender."""
-        return Quartiles.of(self.seconds[name])
+    @property
+    def seconds(self) -> dict[str, Quartiles]:
+        """By contender."""
+        return {name: Quartiles.of(values) for name, values in self.rounds.items()}
 
-    def rounded_others(self) -> float | None:
-        """``others`` as result files hold it."""
-        return None if self.others is None else round(self.others, 3)
+    def ratios(self, pairs: Pairs) -> dict[str, Quartiles]:
+        """Time of one contender by that of another, round by round, of pairs that are there."""
+        return {
+            f"{above}/{below}": Quartiles.of(
+                [a / b for a, b in zip(self.rounds[above], self.rounds[below], strict=True)]
+            )
+            for above, below in pairs
+            if above in self.rounds and below in self.rounds
+        }
 
-    def ratio(self, above: str, below: str) -> Quartiles:
-        """Time of one contender by that of another, round by round."""
-        pairs = zip(self.seconds[above], self.seconds[below], strict=True)
-        return Quartiles.of([a / b for a, b in pairs])
+
+@dataclass(frozen=True)
+class Bench:
+    """Whose kernels are measured, and where.
+
+    Attributes:
+        backend: of lora_ortho.
+        device: where its tensors lie.
+        compiled: whether torch.compile's contender is run.
+    """
+
+    backend: str
+    device: Device
+    compiled: bool = True
+
+    @staticmethod
+    def of(backend: str, compiled: bool = True) -> Bench:
+        """On this machine's device for a backend."""
+        return Bench(backend, device_of(backend), compiled)
+
+    def ours(self, inputs: Inputs) -> peers.Forward:
+        """See ``peers.ours``."""
+        return peers.ours(inputs, self.backend)
+
+    def inputs(self, case: Case, dtype: str) -> Inputs:
+        """The tensors of a case on the device."""
+        return _inputs(case, dtype, self.device)
+
+    def masks(self, case: Case) -> checks.Masks:
+        """Ours."""
+        return _orthogonal(case, self.device)
+
+    def everything(self, case: Case) -> checks.Masks:
+        """Those of the direct merge."""
+        return checks.everything(case, self.device.torch_device)
+
+    def time(self, calls: Mapping[str, Call], effort: Effort) -> Times:
+        """Times calls that need no check, side by side."""
+        watches = {name: self.device.stopwatch([call]) for name, call in calls.items()}
+        return measure(watches, effort)
+
+    def compare(
+        self,
+        inputs: Inputs,
+        contenders: Mapping[str, Contender],
+        effort: Effort,
+        pairs: Pairs,
+    ) -> TimedRow:
+        """Check, then time those that passed; a ratio needs both of its contenders."""
+        refused, watches = {}, {}
+        sets = [inputs, *(inputs.copy() for _ in range(self.device.sets(inputs.nbytes) - 1))]
+        for name, (build, check) in contenders.items():
+            try:
+                check(build(inputs)())
+            except checks.WrongResult as error:
+                refused[name] = f"wrong result: {error}"
+            else:
+                watches[name] = self.device.stopwatch([build(one) for one in sets])
+        times = measure(watches, effort) if watches else Times({}, None)
+        dtype = str(inputs.dtype).removeprefix("torch.")
+        launch = {name: watch.note for name, watch in watches.items() if watch.note}
+        row = self.row(inputs.case, dtype, times, pairs)
+        return replace(row, refused=refused, buffer_sets=len(sets), launch=launch)
+
+    def row(self, case: Case, dtype: str, times: Times, pairs: Pairs = ()) -> TimedRow:
+        """What these times say of a case."""
+        return TimedRow(
+            case=case,
+            dtype=dtype,
+            backend=self.backend,
+            seconds=times.seconds,
+            ratios=times.ratios(pairs),
+            others_cores=times.others_cores,
+        )
+
+
+@functools.lru_cache(maxsize=2)
+def _inputs(case: Case, dtype: str, device: Device) -> Inputs:
+    return make(case, DTYPES[dtype], device)
+
+
+@functools.lru_cache(maxsize=2)
+def _orthogonal(case: Case, device: Device) -> checks.Masks:
+    return checks.orthogonal(case, device.torch_device)
 
 
 def measure(contenders: Mapping[str, Stopwatch], effort: Effort) -> Times:
@@ -91,12 +164,15 @@ def measure(contenders: Mapping[str, Stopwatch], effort: Effort) -> Times:
     best: Times | None = None
     for left in reversed(range(effort.tries)):
         times = _interleave(contenders, effort)
-        if times.others is None or times.others <= DISTURBED:
+        if times.others_cores is None or times.others_cores <= DISTURBED_CORES:
             return times
-        if best is None or best.others is None or times.others < best.others:
+        if best is None or best.others_cores is None or times.others_cores < best.others_cores:
             best = times
         if left:
-            print(f"  others kept {times.others:.1f} cores busy: once more", file=sys.stderr)
+            print(
+                f"  other processes kept {times.others_cores:.1f} cores busy: measuring again",
+                file=sys.stderr,
+            )
     assert best is not None
     return best
 
@@ -137,7 +213,7 @@ class _Load:
         if busy is None or self._busy is None:
             return None
         foreign = (busy - self._busy) - (own - self._own)
-        return max(0.0, foreign) / (time.perf_counter() - self._start)
+        return round(max(0.0, foreign) / (time.perf_counter() - self._start), 3)
 
 
 def _busy_seconds() -> float | None:

@@ -15,7 +15,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -33,7 +33,15 @@ _FORWARDS: dict[str, Callable[[Inputs], peers.Forward]] = {
     "paper": peers.paper,
     "categorical": peers.categorical,
 }
+_TRAINED = ("ours", "direct")  # those whose backward pass is measured too
 _PR_SET_THP_DISABLE = 41
+
+
+class Peaks(NamedTuple):
+    """Bytes of one pass; None where a pass was not measured."""
+
+    forward_bytes: int | None
+    backward_bytes: int | None
 
 
 def unavailable() -> str | None:
@@ -41,8 +49,8 @@ def unavailable() -> str | None:
     return None if Path("/proc/self/clear_refs").exists() else "needs Linux's /proc/self/clear_refs"
 
 
-def extra(case: Case, dtype: str, contender: str, backend: str) -> dict[str, int]:
-    """Bytes beyond inputs, output and s, in "forward" and, for ours and direct, "backward".
+def beyond(case: Case, dtype: str, contender: str, backend: str) -> Peaks:
+    """Bytes beyond inputs, output and s; backward for ours and direct only.
 
     Raises:
         RuntimeError: the process that measures failed.
@@ -51,8 +59,7 @@ def extra(case: Case, dtype: str, contender: str, backend: str) -> dict[str, int
     done = subprocess.run(command, env=_environment(), capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise RuntimeError(f"{' '.join(command)} failed: {done.stderr.strip()}")
-    found: dict[str, int] = json.loads(done.stdout)
-    return found
+    return Peaks(*json.loads(done.stdout))
 
 
 def _environment() -> dict[str, str]:
@@ -62,20 +69,17 @@ def _environment() -> dict[str, str]:
     return os.environ | _ENVIRONMENT | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
 
 
-def on_gpu(inputs: Inputs, contender: str, backend: str, device: Device) -> dict[str, int]:
-    """As :func:`extra`, by the allocator's own count in this process."""
-    found = {}
+def on_gpu(inputs: Inputs, contender: str, backend: str, device: Device) -> Peaks:
+    """As :func:`beyond`, by the allocator's own count in this process."""
     call = _forward_call(inputs, contender, backend)
     with torch.no_grad():
-        peak = device.peak(call)
-    if peak is not None:
-        found["forward"] = max(0, peak - _s_bytes(inputs))
-    if contender in ("ours", "direct"):
-        backward, _ = _backward_call(inputs, contender, backend)
-        peak = device.peak(backward)
-        if peak is not None:
-            found["backward"] = max(0, peak)
-    return found
+        forward = device.peak(call)
+    if forward is not None:
+        forward = max(0, forward - _s_bytes(inputs))
+    if contender not in _TRAINED:
+        return Peaks(forward, None)
+    backward = device.peak(_backward_call(inputs, contender, backend)[0])
+    return Peaks(forward, None if backward is None else max(0, backward))
 
 
 def _s_bytes(inputs: Inputs) -> int:
@@ -139,14 +143,13 @@ def _main() -> None:
     # Loads the code and starts the threads, on sizes too small to leave room for the real ones.
     small = make(case._replace(tokens=16, d_in=128, d_out=128), dtype)
     _forward(small, contender, backend)
-    found = {}
-    trains = contender in ("ours", "direct")
-    if trains:
+    backward = None
+    if contender in _TRAINED:
         _backward(small, contender, backend)
-    found["forward"] = _forward(inputs, contender, backend)
-    if trains:
-        found["backward"] = _backward(inputs, contender, backend)
-    print(json.dumps(found))
+    forward = _forward(inputs, contender, backend)
+    if contender in _TRAINED:
+        backward = _backward(inputs, contender, backend)
+    print(json.dumps(Peaks(forward, backward)))
 
 
 if __name__ == "__main__":

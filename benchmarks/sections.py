@@ -2,41 +2,62 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 import lora_ortho
-from lora_ortho import backends
 from lora_ortho.packing import PackedAdapters
 
-from . import checks, floors, memory, peers
-from .bench import Bench, Check, Contender, compare, head, seconds_of, time_calls
-from .cases import SEED, Case, Inputs
+from . import checks, memory, peers
+from .cases import DTYPES, SEED, THREADS_CASE, Case, Inputs, size_on
 from .device import Call
-from .harness import Effort, measure
-from .record import Row
-from .scaling import AXES, THREADS_CASE, thread_counts
+from .harness import Bench, Check, Contender, Effort, measure
+from .record import (
+    CeilingsRow,
+    MemoryRow,
+    Quartiles,
+    SamplesRow,
+    ScalingRow,
+    ThreadsRow,
+    TimedRow,
+    rounded,
+)
 
 _ROWS_OF_PEERS = 128  # so many rows of a slow peer's result are checked
 _SAMPLES = 4
+_COPY_BYTES = {"cpu": 1 << 28, "gpu": 1 << 32, "rehearsal": 1 << 16}
+_MATMUL_SIZE = {"cpu": 2048, "gpu": 8192, "rehearsal": 64}
 
 
-def forward(bench: Bench, case: Case, dtype: str, effort: Effort) -> Row:
+def forward(bench: Bench, case: Case, dtype: str, effort: Effort) -> TimedRow:
     """Ours beside direct."""
     inputs = bench.inputs(case, dtype)
-    masks, everything = bench.masks(case), bench.everything(case)
-    contenders: dict[str, Contender] = {
-        "ours": (bench.ours, lambda y: checks.check_forward(y, inputs, masks)),
-        "direct": (peers.direct, lambda y: checks.check_forward(y, inputs, everything)),
-    }
+    contenders = {"ours": _ours(bench, inputs), "direct": _direct(bench, inputs)}
     with torch.no_grad():
-        row = compare(bench, inputs, contenders, effort, [("ours", "direct")])
-    return row | floors.forward(case, dtype)._asdict()
+        row = bench.compare(inputs, contenders, effort, [("ours", "direct")])
+    return replace(row, floor=case.forward(dtype))
 
 
-def backward(bench: Bench, case: Case, dtype: str, effort: Effort) -> Row:
+def _ours(bench: Bench, inputs: Inputs) -> Contender:
+    masks = bench.masks(inputs.case)
+    return bench.ours, lambda y: checks.check_forward(y, inputs, masks)
+
+
+def _direct(bench: Bench, inputs: Inputs) -> Contender:
+    everything = bench.everything(inputs.case)
+    return peers.direct, lambda y: checks.check_forward(y, inputs, everything)
+
+
+def _random(inputs: Inputs) -> Check:
+    """Of random masks, which no one can draw again; of the first rows."""
+    some = inputs.first_rows(_ROWS_OF_PEERS)
+    return lambda y: checks.check_random(y[:_ROWS_OF_PEERS], some)
+
+
+def backward(bench: Bench, case: Case, dtype: str, effort: Effort) -> TimedRow:
     """Forward and backward, ours beside direct."""
     inputs = bench.inputs(case, dtype)
     masks, everything = bench.masks(case), bench.everything(case)
@@ -50,39 +71,34 @@ def backward(bench: Bench, case: Case, dtype: str, effort: Effort) -> Row:
             lambda found: checks.check_training(found, inputs, everything, joined=True),
         ),
     }
-    row = compare(bench, inputs, contenders, effort, [("ours", "direct")])
-    return row | floors.backward(case, dtype)._asdict()
+    row = bench.compare(inputs, contenders, effort, [("ours", "direct")])
+    return replace(row, floor=case.backward(dtype))
 
 
-def slow_peers(bench: Bench, case: Case, dtype: str, effort: Effort) -> Row:
+def slow_peers(bench: Bench, case: Case, dtype: str, effort: Effort) -> TimedRow:
     """The other ways to random masks, beside ours; on a GPU also vLLM's LoRA kernels."""
-    inputs, masks = bench.inputs(case, dtype), bench.masks(case)
-    some = inputs.first_rows(_ROWS_OF_PEERS)
-
-    def random(y: Tensor) -> None:
-        checks.check_random(y[:_ROWS_OF_PEERS], some)
-
+    inputs = bench.inputs(case, dtype)
+    random = _random(inputs)
     contenders: dict[str, Contender] = {
-        "ours": (bench.ours, lambda y: checks.check_forward(y, inputs, masks)),
+        "ours": _ours(bench, inputs),
         "paper": (peers.paper, random),
         "categorical": (peers.categorical, random),
     }
-    refused: dict[str, str] = {}
+    absent: dict[str, str] = {}
     if bench.compiled:
         peers.forget_compiled()
         contenders["compiled"] = (peers.compiled, random)
     if bench.device.label != "cpu":
-        contenders |= _gpu_peers(bench, inputs, refused)
+        contenders |= _gpu_peers(bench, inputs, absent)
     with torch.no_grad():
         torch.manual_seed(SEED)
         pairs = [(name, "ours") for name in contenders if name != "ours"]
-        row = compare(bench, inputs, contenders, effort, pairs)
-    row["refused"] |= refused
-    return row
+        row = bench.compare(inputs, contenders, effort, pairs)
+    return replace(row, refused=row.refused | absent)
 
 
-def _gpu_peers(bench: Bench, inputs: Inputs, refused: dict[str, str]) -> dict[str, Contender]:
-    """Peers that exist on a GPU only; why one does not is put into ``refused``."""
+def _gpu_peers(bench: Bench, inputs: Inputs, absent: dict[str, str]) -> dict[str, Contender]:
+    """Peers that exist on a GPU only; why one does not is put into ``absent``."""
     contenders: dict[str, Contender] = {}
     missing = peers.missing("triton")
     if missing is None:
@@ -92,19 +108,16 @@ def _gpu_peers(bench: Bench, inputs: Inputs, refused: dict[str, str]) -> dict[st
             stored_mask, lambda found: checks.check_stored(found, inputs, KEEP),
         )  # fmt: skip
     else:
-        refused["stored mask"] = missing
+        absent["stored mask"] = missing
     missing = peers.missing("vllm")
     if missing is None:
-        everything = bench.everything(inputs.case)
-        contenders["vllm"] = (
-            peers.vllm, lambda y: checks.check_forward(y, inputs, everything)
-        )  # fmt: skip
+        contenders["vllm"] = (peers.vllm, _direct(bench, inputs)[1])
     else:
-        refused["vllm"] = missing
+        absent["vllm"] = missing
     return contenders
 
 
-def layer(bench: Bench, case: Case, dtype: str, effort: Effort) -> Row:
+def layer(bench: Bench, case: Case, dtype: str, effort: Effort) -> TimedRow:
     """Whole layers: ours and PEFT's adapted ones beside the plain one."""
     inputs = bench.inputs(case, dtype)
     some, weight = inputs.first_rows(_ROWS_OF_PEERS), peers.plain_linear(inputs).weight
@@ -117,48 +130,52 @@ def layer(bench: Bench, case: Case, dtype: str, effort: Effort) -> Row:
 
     contenders: dict[str, Contender] = {
         "ours": (lambda inputs: peers.our_layer(inputs, bench.backend), checker(first)),
-        "linear": (peers.linear, lambda y: checks.check_linear(y[rows], some, weight)),
+        "linear": _linear(inputs),
     }
     missing = peers.missing("peft")
     if missing is None:
         contenders["peft"] = (peers.peft_layer, checker(everything))
     with torch.no_grad():
-        row = compare(bench, inputs, contenders, effort, [("peft", "ours"), ("ours", "linear")])
-    if missing is not None:
-        row["refused"]["peft"] = missing
-    return row
+        row = bench.compare(inputs, contenders, effort, [("peft", "ours"), ("ours", "linear")])
+    return row if missing is None else replace(row, refused=row.refused | {"peft": missing})
 
 
-def expand(bench: Bench, case: Case, dtype: str, effort: Effort) -> Row:
+def _linear(inputs: Inputs) -> Contender:
+    some, weight = inputs.first_rows(_ROWS_OF_PEERS), peers.plain_linear(inputs).weight
+    return peers.linear, lambda y: checks.check_linear(y[:_ROWS_OF_PEERS], some, weight)
+
+
+def expand(bench: Bench, case: Case, dtype: str, effort: Effort) -> TimedRow:
     """Draw, expand and add, as far as a backend shows that step: d_in is its least, one rank.
 
     The shrink that remains reads tokens x rank numbers; its launch is in the time.
     """
-    narrow = case._replace(d_in=case.rank)
-    inputs, masks = bench.inputs(narrow, dtype), bench.masks(narrow)
+    inputs = bench.inputs(case._replace(d_in=case.rank), dtype)
     contenders: dict[str, Contender] = {
-        "ours": (bench.ours, lambda y: checks.check_forward(y, inputs, masks)),
+        "ours": _ours(bench, inputs),
         "copy": (lambda inputs: inputs.base.clone, lambda y: checks.check_copy(y, inputs)),
     }
     with torch.no_grad():
-        row = compare(bench, inputs, contenders, effort, [("ours", "copy")])
-    return row | {"case": str(case)} | floors.expand(case, dtype)._asdict()
+        row = bench.compare(inputs, contenders, effort, [("ours", "copy")])
+    return replace(row, case=case, floor=case.expand(dtype))
 
 
-def threads(bench: Bench, case: Case, dtype: str, effort: Effort) -> Row:
-    """Ours and direct on one core beside all: how many times faster."""
-    inputs, count = bench.inputs(case, dtype), torch.get_num_threads()
-    row = head(bench, case, dtype) | {"threads": count, "speedup": {}}
+def threads(bench: Bench, case: Case, dtype: str, effort: Effort) -> ThreadsRow:
+    """Ours and direct on one core beside all."""
+    inputs, most = bench.inputs(case, dtype), torch.get_num_threads()
+    speedup: dict[str, Quartiles] = {}
     try:
         with torch.no_grad():
             for name, make_call in (("ours", bench.ours), ("direct", peers.direct)):
                 call = make_call(inputs)
-                calls = {"one": _with_threads(1, call), "all": _with_threads(count, call)}
-                times = time_calls(bench, calls, effort)
-                row["speedup"][name] = times.ratio("one", "all").json()
+                calls = {"one": _with_threads(1, call), "all": _with_threads(most, call)}
+                times = bench.time(calls, effort)
+                speedup[name] = times.ratios([("one", "all")])["one/all"]
     finally:
-        torch.set_num_threads(count)
-    return row
+        torch.set_num_threads(most)
+    return ThreadsRow(
+        case=case, dtype=dtype, backend=bench.backend, threads=most, speedup=speedup
+    )  # fmt: skip
 
 
 def _with_threads(number: int, call: Call) -> Call:
@@ -169,76 +186,61 @@ def _with_threads(number: int, call: Call) -> Call:
     return run
 
 
-def scaling(bench: Bench, case: Case, dtype: str, effort: Effort, name: str) -> Row:
+def scaling(bench: Bench, case: Case, dtype: str, effort: Effort, axis: str) -> ScalingRow:
     """One point of an axis; paper beside the others where its time is of interest, in K."""
-    inputs, masks = bench.inputs(case, dtype), bench.masks(case)
-    some = inputs.first_rows(_ROWS_OF_PEERS)
-    contenders: dict[str, Contender] = {
-        "ours": (bench.ours, lambda y: checks.check_forward(y, inputs, masks)),
-        "direct": (
-            peers.direct, lambda y: checks.check_forward(y, inputs, bench.everything(case)),
-        ),
-    }  # fmt: skip
-    if name == "K":
-        contenders["paper"] = (
-            peers.paper, lambda y: checks.check_random(y[:_ROWS_OF_PEERS], some),
-        )  # fmt: skip
+    inputs = bench.inputs(case, dtype)
+    contenders = {"ours": _ours(bench, inputs), "direct": _direct(bench, inputs)}
+    if axis == "K":
+        contenders["paper"] = (peers.paper, _random(inputs))
     with torch.no_grad():
-        row = compare(bench, inputs, contenders, effort, [("ours", "direct")])
-    return row | {"axis": name, "at": AXES[name].at(case)}
+        row = bench.compare(inputs, contenders, effort, [("ours", "direct")])
+    return ScalingRow(**vars(row), axis=axis, size=size_on(axis, case))
 
 
-def threads_scaling(bench: Bench, dtype: str, effort: Effort) -> list[Row]:
-    """The axis of threads: a row for each number of them."""
+def threads_scaling(bench: Bench, dtype: str, effort: Effort) -> list[ScalingRow]:
+    """The axis of threads: a row for 1, 2, 4 … and all of them."""
     inputs, most = bench.inputs(THREADS_CASE, dtype), torch.get_num_threads()
+    counts = sorted({min(1 << n, most) for n in range(most.bit_length() + 1)})
     call, rows = bench.ours(inputs), []
-    counts = thread_counts(most)
     try:
         with torch.no_grad():
             checks.check_forward(call(), inputs, bench.masks(THREADS_CASE))
-            calls = {str(count): _with_threads(count, call) for count in counts}
-            times = time_calls(bench, calls, effort)
+            times = bench.time({str(n): _with_threads(n, call) for n in counts}, effort)
     finally:
         torch.set_num_threads(most)
+    row = bench.row(THREADS_CASE, dtype, times)
     for count in counts:
-        seconds = {"ours": times.of(str(count)).json()}
-        row = head(bench, THREADS_CASE, dtype) | {"axis": "threads", "at": count}
-        rows.append(row | {"seconds": seconds, "others": times.rounded_others()})
+        seconds = {"ours": row.seconds[str(count)]}
+        rows.append(ScalingRow(**vars(row) | {"seconds": seconds}, axis="threads", size=count))
     return rows
 
 
-def samples(bench: Bench, case: Case, dtype: str, effort: Effort) -> Row:
+def samples(bench: Bench, case: Case, dtype: str, effort: Effort) -> SamplesRow:
     """What one Monte Carlo sample more costs, beside the layer's own product.
 
     Of ours by the difference between four samples and one, shared out; the others draw anew
     whatever they do, so one more costs them one more call.
     """
-    inputs, masks = bench.inputs(case, dtype), bench.masks(case)
-    some, weight = inputs.first_rows(_ROWS_OF_PEERS), peers.plain_linear(inputs).weight
-
-    def checked(y: Tensor) -> None:
-        checks.check_forward(y, inputs, masks)
-
+    inputs = bench.inputs(case, dtype)
+    ours, right = _ours(bench, inputs)
     contenders: dict[str, Contender] = {
-        "one": (bench.ours, checked),
-        "several": (lambda inputs: peers.ours(inputs, bench.backend, _SAMPLES), checked),
-        "paper": (peers.paper, lambda y: checks.check_random(y[:_ROWS_OF_PEERS], some)),
-        "linear": (
-            peers.linear,
-            lambda y: checks.check_linear(y[:_ROWS_OF_PEERS], some, weight),
-        ),
+        "one": (ours, right),
+        # The one sample of all that this returns is its last, number 0: that of "one".
+        "several": (lambda inputs: peers.ours(inputs, bench.backend, _SAMPLES), right),
+        "paper": (peers.paper, _random(inputs)),
+        "linear": _linear(inputs),
     }
     with torch.no_grad():
         pairs = [("several", "one"), ("one", "linear"), ("paper", "one")]
-        row = compare(bench, inputs, contenders, effort, pairs)
-    # The one sample of all that "several" returns is its last, number 0: that of "one".
-    if {"one", "several"} <= row.get("seconds", {}).keys():
-        one, several = (row["seconds"][name]["median"] for name in ("one", "several"))
-        row["seconds_per_sample"] = float(f"{(several - one) / (_SAMPLES - 1):.4g}")
-    return row
+        row = bench.compare(inputs, contenders, effort, pairs)
+    more = None
+    if {"one", "several"} <= row.seconds.keys():
+        one, several = (row.seconds[name].median for name in ("one", "several"))
+        more = rounded((several - one) / (_SAMPLES - 1))
+    return SamplesRow(**vars(row), seconds_per_sample=more)
 
 
-def overhead(bench: Bench, case: Case, dtype: str, effort: Effort) -> Row:
+def overhead(bench: Bench, case: Case, dtype: str, effort: Effort) -> TimedRow:
     """From call to result: the prepared call, the public op, direct; and the kernels alone.
 
     Those are the extension's own call on a processor, a replayed graph on a GPU.
@@ -264,20 +266,19 @@ def overhead(bench: Bench, case: Case, dtype: str, effort: Effort) -> Row:
         elif bench.device.label != "cpu":
             watches["kernels"] = bench.device.stopwatch([calls["prepared"]])
         times = measure(watches, effort)
-    return head(bench, case, dtype) | seconds_of(times)
+    return bench.row(case, dtype, times)
 
 
 def _kernels(inputs: Inputs, prepared: PackedAdapters) -> Call:
     """The CPU kernels by the extension's own call, arguments ready."""
     x, base, case = inputs.x, inputs.base, inputs.case
-    ranks = (case.rank,) * case.adapters
-    native = backends.get("cpu").pack(prepared.problem, inputs.lora_A, inputs.lora_B).native
-    y, s = torch.empty_like(base), x.new_empty(case.tokens, sum(ranks))
+    y, s = torch.empty_like(base), x.new_empty(case.tokens, case.adapters * case.rank)
     arguments = (
         (x.data_ptr(), *x.stride()), (base.data_ptr(), *base.stride()), y.data_ptr(), s.data_ptr(),
         case.tokens, prepared.gains.data_ptr(), int(inputs.seed), 0, 0, 0, 0,
         torch.get_num_threads(),
     )  # fmt: skip
+    native = prepared.packed.native
     kept = (x, base, y, s, prepared)  # their addresses are in the arguments
 
     def call() -> Tensor:
@@ -287,18 +288,35 @@ def _kernels(inputs: Inputs, prepared: PackedAdapters) -> Call:
     return call
 
 
-def extra_memory(bench: Bench, case: Case, dtype: str, contender: str) -> Row:
+def extra_memory(bench: Bench, case: Case, dtype: str, contender: str) -> MemoryRow:
     """Bytes beyond inputs, output and s."""
-    row = head(bench, case, dtype) | {"contender": contender}
     if bench.device.label == "gpu":
         inputs = bench.inputs(case, dtype)
-        return row | memory.on_gpu(inputs, contender, bench.backend, bench.device)
-    missing = memory.unavailable()
-    if missing is not None:
-        return row | {"refused": missing}
-    return row | memory.extra(case, dtype, contender, bench.backend)
+        found = memory.on_gpu(inputs, contender, bench.backend, bench.device)
+    else:
+        found = memory.beyond(case, dtype, contender, bench.backend)
+    return MemoryRow(
+        case=case, dtype=dtype, backend=bench.backend, contender=contender, **found._asdict()
+    )
 
 
-def ceilings(bench: Bench, case: Case, dtype: str, effort: Effort) -> Row:
+def ceilings(bench: Bench, case: Case, dtype: str, effort: Effort) -> CeilingsRow:
     """The rates that floors are reckoned with."""
-    return head(bench, case, dtype) | floors.ceilings(bench.device, dtype, effort)
+    wide, place = DTYPES[dtype], bench.device.torch_device
+    source = torch.ones(_COPY_BYTES[bench.device.label] // wide.itemsize, dtype=wide, device=place)
+    target = torch.empty_like(source)
+    n = _MATMUL_SIZE[bench.device.label]
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(n, n, generator=generator).to(wide).to(place) for _ in range(2))
+    product = torch.empty(n, n, dtype=wide, device=place)
+    calls: dict[str, Call] = {
+        "copy": lambda: target.copy_(source),
+        "matmul": lambda: torch.mm(a, b, out=product),
+    }
+    with torch.no_grad():
+        row = bench.row(case, dtype, bench.time(calls, effort))
+    return CeilingsRow(
+        **vars(row),
+        copy_bytes_per_second=rounded(2 * source.nbytes / row.seconds["copy"].median),
+        matmul_operations_per_second=rounded(2 * n**3 / row.seconds["matmul"].median),
+    )

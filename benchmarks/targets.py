@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeVar
 
 from .cases import (
-    CPU_CASES,
+    CASES,
     DTYPES,
-    GPU_CASES,
+    EXPANDED,
     GPU_PEER_CASES,
     LARGE,
     MANY_ADAPTERS,
-    TINY_CASES,
+    WHOLE_LAYER,
     Case,
 )
-from .floors import Work
-from .record import SECTIONS, Result, Row
+from .record import CaseRow, CeilingsRow, Judgement, MemoryRow, Result, TimedRow
 
 _MIB = 2**20
+_Found = TypeVar("_Found", bound=CaseRow)
 
 
 class NotMeasured(Exception):
@@ -39,65 +39,77 @@ class View(NamedTuple):
         """The column's head: the dtype, and on a GPU the backend before it."""
         return self.dtype if is_cpu(self.result) else f"{self.backend}, {self.dtype}"
 
-    def find(self, section: str, case: Case, contender: str | None = None) -> Row:
-        """The row of a case; raises NotMeasured."""
-        wanted = (str(case), self.dtype, self.backend, contender)
-        for row in self.result[section]:
-            if wanted == (row["case"], row["dtype"], row["backend"], row.get("contender")):
-                found: Row = row
-                return found
-        raise NotMeasured("")
+    def of(self, rows: Iterable[_Found]) -> list[_Found]:
+        """Those of this column."""
+        return [row for row in rows if (row.dtype, row.backend) == (self.dtype, self.backend)]
+
+    def timed(self, section: str, case: Case) -> TimedRow:
+        """The row of a case in a section of timed rows; raises NotMeasured."""
+        rows: list[TimedRow] = self.of(self.result.rows(section))
+        for row in rows:
+            if row.case == case:
+                return row
+        raise self._missing(section, case)
+
+    def memory(self, case: Case, contender: str) -> MemoryRow:
+        """What a contender needs on a case; raises NotMeasured."""
+        for row in self.of(self.result.memory):
+            if (row.case, row.contender) == (case, contender):
+                return row
+        raise self._missing("memory", case, contender)
+
+    def _missing(self, section: str, case: Case, extra: str = "") -> NotMeasured:
+        wanted = (section, case, self.dtype, self.backend, extra)
+        for one in self.result.unmeasured:
+            if wanted == (one.section, one.case, one.dtype, one.backend, one.extra):
+                return NotMeasured(f"{case} {one.reason}")
+        return NotMeasured("")
 
     def ratio(self, section: str, case: Case, name: str) -> float:
         """A median ratio, such as "ours/direct"; raises NotMeasured."""
-        row = self.find(section, case)
-        if name not in row.get("ratios", {}):
-            needed = (*name.split("/"), "row")
-            reasons = [f"{k}: {v}" for k, v in row.get("refused", {}).items() if k in needed]
+        row = self.timed(section, case)
+        if name not in row.ratios:
+            reasons = [f"{k}: {v}" for k, v in row.refused.items() if k in name.split("/")]
             raise NotMeasured(f"{case} " + "; ".join(reasons) if reasons else "")
-        return float(row["ratios"][name]["median"])
+        return row.ratios[name].median
 
-    def ceilings(self) -> dict[str, Any]:
+    def ceilings(self) -> CeilingsRow:
         """The rates measured; raises NotMeasured."""
-        for row in self.result["ceilings"]:
-            if (row["dtype"], row["backend"]) == (self.dtype, self.backend):
-                if "copy_bytes_per_second" not in row:
-                    break
-                return dict(row)
+        for row in self.of(self.result.ceilings):
+            return row
         raise NotMeasured("no ceilings")
 
     def share(self, section: str, case: Case) -> float:
         """Of the floor's speed, the share that ours reaches; raises NotMeasured."""
-        row = self.find(section, case)
-        if "ours" not in row.get("seconds", {}) or "bytes" not in row:
+        row, rates = self.timed(section, case), self.ceilings()
+        if "ours" not in row.seconds or row.floor is None:
             raise NotMeasured("")
-        floor = Work(row["bytes"], row["operations"]).seconds(self.ceilings())
-        return float(floor / row["seconds"]["ours"]["median"])
+        floor = row.floor.seconds(rates.copy_bytes_per_second, rates.matmul_operations_per_second)
+        return floor / row.seconds["ours"].median
 
 
 def is_cpu(result: Result) -> bool:
     """Whether a result is of a processor."""
-    return bool(result["kind"].startswith("cpu"))
+    return result.kind.startswith("cpu")
 
 
 def cases_of(result: Result) -> tuple[Case, ...]:
     """The cases that belong to a result's kind of machine."""
-    label = result["kind"].split("-", 1)[0]
-    return {"cpu": CPU_CASES, "gpu": GPU_CASES, "rehearsal": TINY_CASES}[label]
+    return CASES[result.kind.split("-", 1)[0]]
 
 
 def shown_cases(result: Result) -> list[Case]:
     """Those of its kind of machine, and what else was measured beside direct."""
     found = dict.fromkeys(cases_of(result))
     for section in ("forward", "backward", "peers", "layer"):
-        found |= dict.fromkeys(Case.parse(row["case"]) for row in result[section])
+        found |= dict.fromkeys(row.case for row in result.rows(section))
     return list(found)
 
 
 def views(result: Result) -> list[View]:
     """The columns of a result: of a processor every dtype, else what was measured."""
-    rows = (row for section in SECTIONS if section != "model" for row in result[section])
-    found = dict.fromkeys((row["dtype"], row["backend"]) for row in rows)
+    rows = (row for section, row in result.every_row() if section != "model")
+    found = dict.fromkeys((row.dtype, row.backend) for row in rows)
     if is_cpu(result):
         backends = list(dict.fromkeys(backend for _, backend in found)) or ["cpu"]
         return [View(result, dtype, backend) for backend in backends for dtype in DTYPES]
@@ -119,6 +131,7 @@ class Target:
         unit: printed behind it.
         dtypes: those for which it was set.
         digits: printed behind the point.
+        headline: whether it is one of the few that the README shows.
     """
 
     figure: str
@@ -128,6 +141,7 @@ class Target:
     unit: str = ""
     dtypes: tuple[str, ...] = tuple(DTYPES)
     digits: int = 2
+    headline: bool = False
 
     def met(self, value: float) -> bool:
         """Whether a value meets the target, to the digits that are printed."""
@@ -182,54 +196,57 @@ def _worst(section: str, name: str, choice: Choice) -> Value:
 def _worst_in_graph(view: View) -> float:
     """Over few tokens, ours and direct both replayed from a graph."""
     for case in _chosen(view, _few_tokens):
-        notes = view.find("forward", case).get("launch", {})
+        notes = view.timed("forward", case).launch
         if any(notes.get(name) != "graph" for name in ("ours", "direct")):
             raise NotMeasured(f"{case} was not replayed from a graph: {notes}")
     return _worst("forward", "ours/direct", _few_tokens)(view)
 
 
-def _memory(direction: str) -> Value:
+def _memory(take: Callable[[MemoryRow], int | None]) -> Value:
     """The most over all cases, in MiB."""
 
     def value(view: View) -> float:
-        found = []
-        for case in cases_of(view.result):
-            row = view.find("memory", case, "ours")
-            if direction not in row:
-                raise NotMeasured(str(row.get("refused")))
-            found.append(row[direction] / _MIB)
-        return float(max(0.0, *found))
+        found = [take(view.memory(case, "ours")) for case in cases_of(view.result)]
+        return max(0, *(_known(size) for size in found)) / _MIB
 
     return value
 
 
+def _known(size: int | None) -> int:
+    if size is None:
+        raise NotMeasured("")
+    return size
+
+
 def _speedup(view: View) -> float:
-    row = view.find("threads", LARGE)
-    if row["threads"] != 2:
-        raise NotMeasured(f"measured on {row['threads']} threads, not 2")
-    return float(row["speedup"]["ours"]["median"])
+    for row in view.of(view.result.threads):
+        if row.case == LARGE:
+            if row.threads != 2:
+                raise NotMeasured(f"measured on {row.threads} threads, not 2")
+            return row.speedup["ours"].median
+    raise NotMeasured("")
 
 
 def _least_share(view: View) -> float:
     """Of the copy bandwidth measured, by the bytes that draw, expand and add must move."""
     found = []
     for case in EXPANDED:
-        row = view.find("expand", case)
-        if "ours" not in row.get("seconds", {}):
-            raise NotMeasured(str(row.get("refused")))
-        rate = row["bytes"] / row["seconds"]["ours"]["median"]
-        found.append(rate / view.ceilings()["copy_bytes_per_second"])
-    return float(min(found))
+        row = view.timed("expand", case)
+        if "ours" not in row.seconds or row.floor is None:
+            raise NotMeasured(row.refused.get("ours", ""))
+        rate = row.floor.bytes / row.seconds["ours"].median
+        found.append(rate / view.ceilings().copy_bytes_per_second)
+    return min(found)
 
-
-EXPANDED = (GPU_CASES[3], GPU_CASES[4])
-WHOLE_LAYER = GPU_CASES[3]
 
 CPU_TARGETS = (
-    Target("forward ÷ direct, geometric mean", 0.90, False, _mean("forward", "ours/direct")),
+    Target(
+        "forward ÷ direct, geometric mean", 0.90, False, _mean("forward", "ours/direct"),
+        headline=True,
+    ),
     Target(
         "forward ÷ direct, worst with 16 tokens or more", 1.10, False,
-        _worst("forward", "ours/direct", _many_tokens),
+        _worst("forward", "ours/direct", _many_tokens), headline=True,
     ),
     Target(
         "forward ÷ direct, one token", 1.50, False,
@@ -237,7 +254,7 @@ CPU_TARGETS = (
     ),
     Target(
         "forward + backward ÷ direct, geometric mean", 1.00, False,
-        _mean("backward", "ours/direct"),
+        _mean("backward", "ours/direct"), headline=True,
     ),
     Target(
         "forward ÷ direct, 512 × 2048 × 2048, K = 16, r = 32", 0.40, False,
@@ -245,17 +262,19 @@ CPU_TARGETS = (
     ),
     Target(
         "paper ÷ ours, forward, geometric mean with 16 tokens or more", 25, True,
-        _mean("peers", "paper/ours", _many_tokens), digits=1,
+        _mean("peers", "paper/ours", _many_tokens), digits=1, headline=True,
     ),
     Target(
         "compiled categorical ÷ ours, likewise", 5, True,
         _mean("peers", "compiled/ours", _many_tokens), digits=1,
     ),
     Target(
-        "memory beyond inputs, output and s, forward, most", 2, False, _memory("forward"), " MiB"
+        "memory beyond inputs, output and s, forward, most", 2, False,
+        _memory(lambda row: row.forward_bytes), " MiB",
     ),
     Target(
-        "memory beyond inputs and outputs, backward, most", 2, False, _memory("backward"), " MiB"
+        "memory beyond inputs and outputs, backward, most", 2, False,
+        _memory(lambda row: row.backward_bytes), " MiB", headline=True,
     ),
     Target("two cores against one, 2048 × 4096 × 4096", 1.8, True, _speedup, " ×"),
 )  # fmt: skip
@@ -263,20 +282,23 @@ CPU_TARGETS = (
 GPU_TARGETS = (
     Target(
         "draw + expand + add, 8192 × 4096 and × 14336, share of copy bandwidth", 0.90, True,
-        _least_share,
+        _least_share, headline=True,
     ),
     Target(
         "whole layer ÷ plain nn.Linear, 8192 × 4096 × 4096, K = 3, r = 16", 1.20, False,
         _worst("layer", "ours/linear", lambda case: case == WHOLE_LAYER),
     ),
-    Target("forward ÷ direct, geometric mean", 0.80, False, _mean("forward", "ours/direct")),
+    Target(
+        "forward ÷ direct, geometric mean", 0.80, False, _mean("forward", "ours/direct"),
+        headline=True,
+    ),
     Target(
         "forward + backward ÷ direct, geometric mean", 0.90, False,
-        _mean("backward", "ours/direct"),
+        _mean("backward", "ours/direct"), headline=True,
     ),
     Target(
         f"paper ÷ ours, forward, geometric mean of {len(GPU_PEER_CASES)} cases", 20, True,
-        _mean("peers", "paper/ours", _compared), digits=1,
+        _mean("peers", "paper/ours", _compared), digits=1, headline=True,
     ),
     Target(
         "compiled categorical ÷ ours, likewise", 3, True,
@@ -284,12 +306,12 @@ GPU_TARGETS = (
     ),
     Target("1 to 16 tokens inside a CUDA graph ÷ direct", 1.0, False, _worst_in_graph),
     Target(
-        "peak memory beyond inputs, output and s, forward, most", 0, False, _memory("forward"),
-        " MiB",
+        "peak memory beyond inputs, output and s, forward, most", 0, False,
+        _memory(lambda row: row.forward_bytes), " MiB",
     ),
     Target(
-        "peak memory beyond inputs and outputs, backward, most", 0, False, _memory("backward"),
-        " MiB",
+        "peak memory beyond inputs and outputs, backward, most", 0, False,
+        _memory(lambda row: row.backward_bytes), " MiB", headline=True,
     ),
 )  # fmt: skip
 
@@ -299,13 +321,9 @@ def targets_of(result: Result) -> tuple[Target, ...]:
     return CPU_TARGETS if is_cpu(result) else GPU_TARGETS
 
 
-def judged(result: Result) -> list[dict[str, Any]]:
-    """Every target of every column, for programs: figure, dtype, value, target, met.
-
-    "value" and "met" are None where it was not measured, "met" also in a rehearsal; "dtype" is the
-    column's title, which on a GPU names the backend too.
-    """
-    rehearsal = result["kind"].startswith("rehearsal")
+def judged(result: Result) -> list[Judgement]:
+    """Every target of every column."""
+    rehearsal = result.kind.startswith("rehearsal")
     found = []
     for target in targets_of(result):
         for view in views(result):
@@ -316,8 +334,7 @@ def judged(result: Result) -> list[dict[str, Any]]:
             except NotMeasured:
                 value = None
             met = None if value is None or rehearsal else target.met(value)
-            row = {"figure": target.figure, "dtype": view.title, "value": value}
-            found.append({**row, "target": target.bound, "met": met})
+            found.append(Judgement(target.figure, view.title, value, target.bound, met))
     return found
 
 
@@ -333,6 +350,6 @@ def verdict(target: Target, view: View) -> str:
     except NotMeasured as reason:
         return f"not measured: {reason}" if str(reason) else "not measured"
     text = f"{value:.{target.digits}f}{target.unit}"
-    if view.result["kind"].startswith("rehearsal"):
+    if view.result.kind.startswith("rehearsal"):
         return f"{text} rehearsed"
-    return f"{text} met" if target.met(value) else f"**{text} missed**"
+    return f"{text} met" if target.met(value) else f"**{text} MISSED**"

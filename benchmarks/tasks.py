@@ -5,33 +5,34 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from . import record, sections
-from .bench import Bench
+from . import memory, model, record, sections
 from .cases import (
+    AXES,
+    CASES,
     CPU_CASES,
     DTYPES,
+    EXPANDED,
     GPU_CASES,
     GPU_PEER_CASES,
     LARGE,
+    MEMORY_TOKENS,
     ONE_TOKEN,
+    THREADS_CASE,
     TINY_CASES,
+    WHOLE_LAYER,
     Case,
 )
-from .harness import Effort
+from .harness import Bench, Effort
 from .record import Row
-from .scaling import AXES, MEMORY_TOKENS, THREADS_CASE
-from .targets import EXPANDED, WHOLE_LAYER
 
-_CASES = {"cpu": CPU_CASES, "gpu": GPU_CASES, "rehearsal": TINY_CASES}
 _MEMORY_PEERS = ("direct", "paper", "categorical")  # beside ours, at the largest case
-_SAMPLED = CPU_CASES[2]
 _SKIPPED = {
     "quick": ("scaling", "model"),
     "cpu": ("expand",),
     "gpu": ("threads", "model", "scaling"),
     "rehearsal": ("threads", "model", "scaling"),
 }
-_ONCE = {"threads": LARGE, "overhead": ONE_TOKEN, "samples": _SAMPLED}
+_ONCE = {"threads": LARGE, "overhead": ONE_TOKEN, "samples": CPU_CASES[2]}
 _SOME_ON_GPU = {"peers": GPU_PEER_CASES, "layer": (WHOLE_LAYER,)}
 _SECONDS = {
     "forward": 1.5, "backward": 2.0, "threads": 4.0, "overhead": 1.0, "ceilings": 1.0,
@@ -55,13 +56,6 @@ class Task(NamedTuple):
     def __str__(self) -> str:
         return " ".join(str(part) for part in self if part)
 
-    def head(self, backend: str) -> Row:
-        """What tells its row apart."""
-        row: Row = {"case": str(self.case), "dtype": self.dtype, "backend": backend}
-        if self.section == "memory":
-            row["contender"] = self.extra
-        return row
-
 
 def choose(
     bench: Bench,
@@ -75,7 +69,7 @@ def choose(
     skipped = {*_SKIPPED[label], *(_SKIPPED["quick"] if quick else ())}
     chosen = only or [name for name in record.SECTIONS if name not in skipped]
     dtypes = dtypes or (list(DTYPES) if label == "cpu" else ["bfloat16"])
-    own = _CASES[label]
+    own = CASES[label]
     if "ceilings" in chosen:
         yield from (Task("ceilings", own[-1], dtype) for dtype in dtypes)
     found = [
@@ -90,7 +84,7 @@ def choose(
         found.sort(key=lambda task: task.section == "peers")
     yield from found
     if cases is None:
-        yield from _beyond_cases(chosen, dtypes, own)
+        yield from _beyond_cases(chosen, own)
 
 
 def _of_case(section: str, case: Case, dtype: str, own: tuple[Case, ...]) -> Iterator[Task]:
@@ -116,13 +110,11 @@ def _once(section: str, own: tuple[Case, ...]) -> Case:
     return next((case for case in (_ONCE[section], WHOLE_LAYER) if case in own), own[0])
 
 
-def _beyond_cases(
-    chosen: Sequence[str], dtypes: Sequence[str], own: tuple[Case, ...]
-) -> Iterator[Task]:
+def _beyond_cases(chosen: Sequence[str], own: tuple[Case, ...]) -> Iterator[Task]:
     """What has sizes of its own."""
     if "scaling" in chosen:
-        for axis in AXES.values():
-            yield from (Task("scaling", case, "float32", axis.name) for case in axis.cases)
+        for axis, cases in AXES.items():
+            yield from (Task("scaling", case, "float32", axis) for case in cases)
         yield Task("scaling", THREADS_CASE, "float32", "threads")
         for case in MEMORY_TOKENS:
             for contender in ("ours", "direct", "paper"):
@@ -131,14 +123,21 @@ def _beyond_cases(
         yield Task("model", own[0], "float32")
 
 
-def perform(task: Task, bench: Bench, quick: bool) -> list[Row]:
+def impossible(task: Task, bench: Bench) -> str | None:
+    """Why a task cannot be measured on this machine; None where it can."""
+    if task.section == "memory" and bench.device.label != "gpu":
+        return memory.unavailable()
+    if task.section == "model":
+        return model.unavailable(bench.device)
+    return None
+
+
+def perform(task: Task, bench: Bench, quick: bool) -> Sequence[Row]:
     """Measure; one row, or of threads and of models some."""
     section, case, dtype, extra = task
     if section == "memory":
         return [sections.extra_memory(bench, case, dtype, extra)]
     if section == "model":
-        from . import model
-
         return model.rows(bench, quick)
     effort = _effort(section, bench, quick)
     if section == "scaling":

@@ -144,7 +144,7 @@ def test_every_option_is_among_the_runs() -> None:
         for word in line.split()
         if word.startswith("--")
     }
-    # It writes into the sources; test_benchmarks.py runs it on a copy of its folder.
+    # It writes into the sources; test_run.py runs it on a copy of its folder.
     assert listed - used == {("bench", "--save")}
     assert used <= listed
 

@@ -38,7 +38,6 @@ file_path = "two"
 """
 # Only these rows of a benchmark, since all of them take minutes.
 SHORT = "--quick --case 24x64x160-3x4 --dtype float32 --only forward"
-ROW = "forward-512x768x3072-2x8-float32"
 FOLDER, SOURCES = "folder", "sources"  # of adapters; of the project
 # A command as it is written, where it is run, and what is run: itself, or what is given.
 RUN: dict[str, tuple[str, str]] = {
@@ -65,9 +64,9 @@ RUN: dict[str, tuple[str, str]] = {
         f'PYTHONPATH="$LORA_ORTHO" python -m benchmarks {SHORT} --force --json result.json --plot '
         "ratios.svg; test -s ratios.svg",
     ),
-    "python -m benchmarks.table result.json": (
+    "python -m benchmarks.report result.json": (
         SOURCES,
-        "python -m benchmarks.table benchmarks/results/*.json",
+        "python -m benchmarks.report benchmarks/results/*.json",
     ),
     "python -m benchmarks.compare OLD NEW": (
         SOURCES,
@@ -77,7 +76,6 @@ RUN: dict[str, tuple[str, str]] = {
         SOURCES,
         "set -- benchmarks/results/*.json; python -m benchmarks.compare $1 $1 --beyond 1.1",
     ),
-    "pytest benchmarks/ --quick": (SOURCES, f"pytest benchmarks/ --quick -q -k {ROW}"),
 }
 NOT_RUN = {
     "cmake --preset release -DLORA_ORTHO_CUDA=ON && cmake --build --preset release": "compiles for "
@@ -86,7 +84,7 @@ NOT_RUN = {
     "python tests/support/cuda_facts.py": "needs nvcc; test_cuda_facts.py calls what it calls",
     "python -m lora_ortho.triton_kernels.resources": "compiles 288 kernels for minutes; "
     "tests/triton_kernels/test_triton_compile.py calls what it calls",
-    "python -m benchmarks --save": "writes into the sources; test_benchmarks.py runs it on a "
+    "python -m benchmarks --save": "writes into the sources; test_run.py runs it on a "
     "copy of them",
     "shrink   s = x Aᵀ                                   (tokens, d_in) × (Σr, d_in)": "a formula",
     "shrink   out[m, r] = Σ_n mask(m, n) x[m, n] f[r, n]    s = x Aᵀ without masks; ds = (m ⊙ g) B "

@@ -71,40 +71,6 @@ def run(function: Callable[..., Tensor], tensors: Tensors, **arguments: object) 
     return _gradients(call, tensors)
 
 
-def oracle(
-    tensors: Tensors, masks: Sequence[Tensor], keep: Sequence[float], scaling: Sequence[float]
-) -> Results:
-    """The formula in float64, with autograd's gradients."""
-    wide = Tensors(
-        tensors.x.double(),
-        [A.double() for A in tensors.lora_A],
-        [B.double() for B in tensors.lora_B],
-        tensors.weights.double(),
-        None if tensors.base is None else tensors.base.double(),
-        tensors.grad.double(),
-    )
-    constants = torch.tensor([s / q for s, q in zip(scaling, keep, strict=True)]).double()
-
-    def call(x, lora_A, lora_B, weights, base):  # type: ignore[no-untyped-def]
-        base = torch.zeros_like(wide.grad) if base is None else base
-        return rule.formula(x, lora_A, lora_B, weights * constants, masks, base)
-
-    return _gradients(call, wide)
-
-
-def plain_torch(
-    tensors: Tensors, masks: Sequence[Tensor], keep: Sequence[float], scaling: Sequence[float]
-) -> Results:
-    """What one would write in torch, every step in the dtype of x."""
-
-    def call(x, lora_A, lora_B, weights, base):  # type: ignore[no-untyped-def]
-        base = torch.zeros_like(tensors.grad) if base is None else base
-        gains = [weight * (s / q) for weight, s, q in zip(weights, scaling, keep, strict=True)]
-        return rule.formula(x, lora_A, lora_B, gains, masks, base)
-
-    return _gradients(call, tensors)
-
-
 def extended_oracle(
     tensors: Tensors, masks: Sequence[Tensor], keep: Sequence[float], scaling: Sequence[float]
 ) -> Results:
@@ -133,41 +99,56 @@ def extended_oracle(
     return Results(narrow(y), narrow(dx), dbase, narrow(np.array(dweights)), dA, dB)
 
 
-class Expected(NamedTuple):
-    """What a result is compared with."""
+Expected = dict[str, rule.Wanted]
 
-    exact: Results
-    plain: Results
-    terms: Results
+
+def _by_name(results: Results) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = {}
+    for name, value in results._asdict().items():
+        if isinstance(value, list):
+            found |= {f"{name}[{j}]": tensor for j, tensor in enumerate(value)}
+        elif value is not None:
+            found[name] = value
+    return found
 
 
 def expected(
     tensors: Tensors, masks: Sequence[Tensor], keep: Sequence[float], scaling: Sequence[float]
 ) -> Expected:
-    """Everything that the rule needs for one case."""
-    absolute = Tensors(
-        *([t.abs() for t in v] if isinstance(v, list) else None if v is None else v.abs()
-          for v in tensors)
-    )  # fmt: skip
-    exact = extended_oracle if tensors.x.dtype == torch.float64 else oracle
-    return Expected(
-        exact(tensors, masks, keep, scaling),
-        plain_torch(tensors, masks, keep, scaling),
-        oracle(absolute, masks, keep, scaling),
-    )
+    """What an output and its gradients are held against, by name: what rule.wanted says of them."""
+    count = len(tensors.lora_A)
+    names: list[str] = []
+
+    def compute(x: Tensor, weights: Tensor, grad: Tensor, *more: Tensor) -> list[Tensor]:
+        lora_A, lora_B, base = list(more[:count]), list(more[count : 2 * count]), more[2 * count :]
+        given = Tensors(x, lora_A, lora_B, weights, base[0] if base else None, grad)
+
+        def call(x, lora_A, lora_B, weights, base):  # type: ignore[no-untyped-def]
+            base = torch.zeros_like(grad) if base is None else base
+            gains = [weight * (s / q) for weight, s, q in zip(weights, scaling, keep, strict=True)]
+            return rule.formula(x, lora_A, lora_B, gains, masks, base)
+
+        found = _by_name(_gradients(call, given))
+        names[:] = found
+        return list(found.values())
+
+    flat = [tensors.x, tensors.weights, tensors.grad, *tensors.lora_A, *tensors.lora_B]
+    if tensors.base is not None:
+        flat.append(tensors.base)
+    held = rule.wanted(compute, flat)
+    wanted = dict(zip(names, held, strict=True))
+    if tensors.x.dtype == torch.float64:
+        exact = _by_name(extended_oracle(tensors, masks, keep, scaling))
+        wanted = {name: one._replace(exact=exact[name]) for name, one in wanted.items()}
+    return wanted
 
 
 def assert_as_good(ours: Results, wanted: Expected) -> None:
     """Hold an output and all its gradients to the rule."""
-    for name in Results._fields:
-        group = [getattr(results, name) for results in (ours, *wanted)]
-        if group[1] is None:
-            assert group[0] is None, f"{name}: expected none"
-        elif isinstance(group[1], list):
-            for j, members in enumerate(zip(*group, strict=True)):
-                assert_one(f"{name}[{j}]", *members)
-        else:
-            assert_one(name, *group)
+    found = _by_name(ours)
+    assert found.keys() == wanted.keys()
+    for name, tensor in found.items():
+        assert_one(name, tensor, *wanted[name])
 
 
 def assert_one(name: str, ours: Tensor, exact: Tensor, plain: Tensor, terms: Tensor) -> None:

@@ -204,7 +204,7 @@ def _sanitize(run: Run, python: Path, backends: Sequence[str]) -> None:
     """The kernels on small cases under compute-sanitizer; in a rehearsal without it."""
     tool = shutil.which("compute-sanitizer")
     for backend in backends:
-        probe: list[str | Path] = [python, "-m", "benchmarks.probe", "--backend", backend]
+        probe: list[str | Path] = [python, "-m", "tools.gpu_probe", "--backend", backend]
         if tool is None:
             if run.rehearsal:
                 run.stage(f"probe {backend}", probe, 60)
@@ -232,12 +232,13 @@ def _measure(run: Run, python: Path, backends: Sequence[str]) -> Path | None:
 
 _RECORD = """
 import json, sys
+from dataclasses import replace
 from pathlib import Path
 from benchmarks import record
 result = record.load(Path(sys.argv[1]))
-result["stages"] = json.loads(sys.argv[2])
-target = Path(sys.argv[3]) / f"{result['kind']}.json"
-record.save(result, target)
+stages = [record.Stage(**stage) for stage in json.loads(sys.argv[2])]
+target = Path(sys.argv[3]) / f"{result.kind}.json"
+record.save(replace(result, stages=stages), target)
 print(target)
 """
 
@@ -253,7 +254,7 @@ def _record(run: Run, python: Path, path: Path) -> Path | None:
 def _summary(run: Run, python: Path, path: Path | None) -> None:
     """The targets, then the stages: the short table that comes last."""
     if path is not None:
-        command = [str(python), "-m", "benchmarks.table", "--targets", str(path)]
+        command = [str(python), "-m", "benchmarks.report", "--targets", str(path)]
         done = subprocess.run(
             command, cwd=ROOT, env=run.environment, text=True, stdout=subprocess.PIPE, check=False
         )
@@ -268,7 +269,7 @@ def _summary(run: Run, python: Path, path: Path | None) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run every stage. Returns the exit status: 0 if all that could run was ok."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
+    parser = argparse.ArgumentParser(prog="tools/gpu_run.py", description=__doc__)
     parser.add_argument(
         "--no-build", action="store_true", help="use this Python and the package it has"
     )

@@ -8,11 +8,10 @@ from collections.abc import Sequence
 
 import torch
 
+from benchmarks import checks, peers
+from benchmarks.cases import DTYPES, Case, make
+from benchmarks.device import device_of
 from lora_ortho import backends
-
-from . import checks, peers
-from .cases import DTYPES, Case, make
-from .device import device_of
 
 # Sizes that fit no tile, few tokens and many, one adapter's and many adapters' kernels.
 _CASES = (Case(1, 64, 136, 3, 16), Case(19, 40, 131, 2, 5), Case(70, 64, 272, 8, 16))
@@ -20,7 +19,7 @@ _CASES = (Case(1, 64, 136, 3, 16), Case(19, 40, 131, 2, 5), Case(70, 64, 272, 8,
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run and check. Returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.probe", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m tools.gpu_probe", description=__doc__)
     parser.add_argument("--backend", choices=backends.names(), required=True)
     backend: str = parser.parse_args(argv).backend
     device = device_of(backend)
