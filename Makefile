@@ -67,7 +67,7 @@ docs: $(VENV)/dev.stamp
 bench: $(VENV)/dev.stamp
 	$(BIN)/python -m benchmarks
 
-# Measures everything anew, for the result file of this kind of machine, docs/benchmarks.md and the README's table.
+# Measures everything anew: the result file of this kind of machine, then the pages that show it.
 results: $(VENV)/dev.stamp
 	$(BIN)/python -m benchmarks --save
 	$(BIN)/python -m tools.figures

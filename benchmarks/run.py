@@ -1,7 +1,7 @@
 """The benchmarks of the merge of one layer, beside their peers, each result checked first.
 
 Progress on standard error, tables on standard output. Everything takes about ten minutes on two
-cores, --quick about two. The exit status is 1 if a result was wrong.
+quiet cores, --quick about four. The exit status is 1 if a result was wrong.
 """
 
 from __future__ import annotations

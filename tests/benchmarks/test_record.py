@@ -22,12 +22,21 @@ CASE = CPU_CASES[2]
 def test_what_was_written_is_read(tmp_path: Path) -> None:
     """Rows of every type, on a processor and on a GPU."""
     result = synthetic()
-    own = {"dtype": "float32", "backend": "cpu"}
     q = Quartiles(1.0, 0.5, 2.0, 7)
-    result.threads.append(ThreadsRow(case=CASE, threads=2, speedup={"ours": q}, **own))
-    profile = [OpShare("aten::mm", 0.75)]
+    result.threads.append(
+        ThreadsRow(case=CASE, dtype="float32", backend="cpu", threads=2, speedup={"ours": q})
+    )
     result.model.append(
-        ModelRow(model="m", step="forward", tokens=8, seconds={"ours": q}, profile=profile, **own)
+        ModelRow(
+            model="m",
+            step="forward",
+            tokens=8,
+            dtype="float32",
+            backend="cpu",
+            seconds={"ours": q},
+            profile=[OpShare("aten::mm", 0.75)],
+            ours_share=0.25,
+        )
     )
     result.unmeasured.append(Unmeasured("layer", CASE, "float32", "cpu", "failed: why"))
     stage = Stage("build", "ok", 1.5, "")

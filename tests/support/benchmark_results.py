@@ -18,8 +18,6 @@ from benchmarks.record import (
     TimedRow,
 )
 
-RATES = {"copy_bytes_per_second": 1e3, "matmul_operations_per_second": 2e3}
-
 
 def quartiles(median: float) -> Quartiles:
     """Of nine measurements that were all the same."""
@@ -39,19 +37,27 @@ def timed(case: Case, seconds: float, **more: Any) -> TimedRow:
     return TimedRow(**{**own, "case": case, "seconds": times, "ratios": ratios, **more})
 
 
+def ceilings(row: TimedRow, copy: float, matmul: float) -> CeilingsRow:
+    """These rates, in bytes and operations a second, on a row's machine."""
+    rates = {"copy_bytes_per_second": copy, "matmul_operations_per_second": matmul}
+    return CeilingsRow(**vars(row) | rates)
+
+
 def synthetic() -> Result:
     """Something of everything that pictures show, and a quadratic surprise in K."""
     result = empty("cpu-synthetic")
     for j, case in enumerate(CPU_CASES):
         result.forward.append(timed(case, 1.0 + j, floor=case.forward("float32")))
-    result.ceilings.append(CeilingsRow(**vars(timed(CPU_CASES[0], 1.0)), **RATES))
+    result.ceilings.append(ceilings(timed(CPU_CASES[0], 1.0), 1e3, 2e3))
     for count in (2, 4, 8):
         row = timed(Case(256, 1024, 1024, count, 16), count**2 / 100)
         result.scaling.append(ScalingRow(**vars(row), axis="K", size=count))
     for case in MEMORY_TOKENS[:2]:
         for name in ("ours", "direct", "paper"):
-            row = {"case": case, "dtype": "float32", "backend": "cpu", "contender": name}
-            result.memory.append(MemoryRow(**row, forward_bytes=1 << 20))
+            needed = MemoryRow(
+                case=case, dtype="float32", backend="cpu", contender=name, forward_bytes=1 << 20
+            )
+            result.memory.append(needed)
     return result
 
 
@@ -60,11 +66,9 @@ def synthetic_gpu() -> Result:
     result = empty("gpu-nvidia-test")
     gpu = Gpu("NVIDIA Test", "9.0", 132, 80 << 30, 50 << 20, "13.0", "1", 1980)
     result = replace(result, machine=replace(result.machine, gpu=gpu))
-    rates = {"copy_bytes_per_second": 4e12, "matmul_operations_per_second": 8e14}
     for backend, seconds in (("triton", 1e-4), ("cuda", 8e-5)):
         own = {"dtype": "bfloat16", "backend": backend}
-        row = timed(GPU_CASES[0], seconds, **own)
-        result.ceilings.append(CeilingsRow(**vars(row), **rates))
+        result.ceilings.append(ceilings(timed(GPU_CASES[0], seconds, **own), 4e12, 8e14))
         for case in GPU_CASES:
             for section in ("forward", "backward", "expand"):
                 floor = getattr(case, section)("bfloat16")
