@@ -44,6 +44,7 @@ RUN: dict[str, tuple[str, str]] = {
     "lora-ortho inspect one two": (FOLDER, ""),
     "lora-ortho merge merge.toml": (FOLDER, ""),
     "lora-ortho merge": (FOLDER, "lora-ortho merge --help"),
+    "lora-ortho methods": (FOLDER, ""),
     "lora-ortho doctor": (FOLDER, ""),
     "lora-ortho bench": (FOLDER, f"lora-ortho bench {SHORT}"),
     "lora-ortho bench --help": (FOLDER, ""),
@@ -83,6 +84,8 @@ NOT_RUN = {
     "shrink   s = x Aᵀ                                   (tokens, d_in) × (Σr, d_in)": "a formula",
     "shrink   out[m, r] = Σ_n mask(m, n) x[m, n] f[r, n]    s = x Aᵀ without masks; ds = (m ⊙ g) B "
     "with": "a formula",
+    "adapters ─ pack ─▶ packed factors                      seed, stream, sample, row, column": "a "
+    "picture",
     "```SmolLM2-135M-Instruct, 4 adapters on 120 layers, float32, 2 threads, seed 0": "what `make "
     "demo` prints in three minutes; tests/repository/test_demo.py runs the demo in small",
 }
@@ -90,6 +93,7 @@ NOT_RUN = {
 # The same for all commands that begin so.
 FAMILIES = {
     "make ": "takes minutes and downloads; that there is such a target is tested below",
+    "pytest tests/": "these tests; test_architecture.py looks that they are there",
     "pip install": "installs from the network; tests of packaging install",
     "export PIP_": "the same",
 }
