@@ -96,7 +96,7 @@ def test_everything_on_the_page_is_there() -> None:
         "`csrc/nowhere.h`",
         "`lora_ortho/nowhere/`",
         "`lora_ortho/module.py`: `not_in_the_module`",
-        "| `lora_ortho/module.py`: `fused_ortho_lora` | `lora_ortho/__init__.py` |",  # in the other
+        "| `lora_ortho/module.py`: `load_adapter` | `lora_ortho/__init__.py` |",  # in the other
         "`make nothing`",
         "`pytest tests/nowhere`",
         "`lora-ortho nothing`",
