@@ -24,8 +24,11 @@ from lora_ortho.merge_config import Lora, MergeConfig
 DOCS = ROOT / "docs"
 EXAMPLES = ROOT / "examples" / "plugins"
 # Every page that people read.
-WRITTEN = sorted([*ROOT.glob("*.md"), *DOCS.glob("*.md"), *ROOT.glob("*/README.md"),
-                  *ROOT.glob("examples/*/README.md")])  # fmt: skip
+WRITTEN = sorted(
+    page
+    for folder in (ROOT, DOCS, ROOT / "benchmarks", ROOT / "examples", ROOT / "examples" / "texts")
+    for page in folder.glob("*.md")
+)
 # What a page needs beside the package: module, and the distribution to install.
 NEEDS = {
     "language_model": {"peft": "peft", "transformers": "transformers"},

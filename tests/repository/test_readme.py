@@ -81,7 +81,7 @@ NOT_RUN = {
     "python -m lora_ortho.triton_kernels.resources": "compiles 288 kernels for minutes; "
     "tests/triton_kernels/test_triton_compile.py calls what it calls",
     "python -m benchmarks --save": "writes into the sources; test_run.py runs it on a copy of them",
-    "shrink          s = x Aᵀ                                       (tokens, d_in) × (Σr, d_in)": "a "
+    "shrink          s = x Aᵀ                                   (tokens, d_in) × (Σr, d_in)": "a "
     "formula",
     "shrink   out[m, r] = Σ_n mask(m, n) x[m, n] f[r, n]    s = x Aᵀ without masks; ds = (m ⊙ g) B "
     "with": "a formula",
