@@ -36,7 +36,7 @@ def scopes(text: str) -> Iterator[list[str]]:
 
 
 def is_command(span: str) -> bool:
-    return span.startswith(("make ", "pytest ", "lora-ortho"))
+    return span.startswith(("make ", "pytest ", "python -m ", "lora-ortho"))
 
 
 def is_path(span: str) -> bool:
@@ -68,6 +68,10 @@ def wrong_command(command: str) -> Iterator[str]:
     program, *words = command.split()
     if program == "pytest":
         yield from (f"there is no {word}" for word in words if not (ROOT / word).exists())
+    if program == "python":
+        module = ROOT / words[1].replace(".", "/")
+        if not module.with_suffix(".py").exists() and not (module / "__main__.py").exists():
+            yield f"there is no module {words[1]}"
     if program == "make":
         targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE)
         yield from (f"there is no target {word}" for word in words if word not in targets)
@@ -100,6 +104,7 @@ def test_everything_on_the_page_is_there() -> None:
         "`make nothing`",
         "`pytest tests/nowhere`",
         "`lora-ortho nothing`",
+        "`python -m benchmarks.nothing`",
         "`s = x A`",
     ],
 )

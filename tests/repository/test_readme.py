@@ -68,6 +68,10 @@ RUN: dict[str, tuple[str, str]] = {
         SOURCES,
         "python -m benchmarks.report benchmarks/results/*.json",
     ),
+    "python -m benchmarks.compare OLD NEW": (
+        SOURCES,
+        "set -- benchmarks/results/*.json; python -m benchmarks.compare $1 $1",
+    ),
     "python -m benchmarks.compare OLD NEW --beyond 1.1": (
         SOURCES,
         "set -- benchmarks/results/*.json; python -m benchmarks.compare $1 $1 --beyond 1.1",
@@ -81,14 +85,13 @@ NOT_RUN = {
     "python -m lora_ortho.triton_kernels.resources": "compiles 288 kernels for minutes; "
     "tests/triton_kernels/test_triton_compile.py calls what it calls",
     "python -m benchmarks --save": "writes into the sources; test_run.py runs it on a copy of them",
-    "shrink          s = x Aᵀ                                   (tokens, d_in) × (Σr, d_in)": "a "
-    "formula",
+    "shrink   s = x Aᵀ                                   (tokens, d_in) × (Σr, d_in)": "a formula",
     "shrink   out[m, r] = Σ_n mask(m, n) x[m, n] f[r, n]    s = x Aᵀ without masks; ds = (m ⊙ g) B "
     "with": "a formula",
-    "adapters ─ pack ─▶ packed factors                      seed, stream, sample, row, column": "a "
-    "picture",
     "```SmolLM2-135M-Instruct, 4 adapters on 120 layers, float32, 2 threads, seed 0": "what `make "
     "demo` prints in three minutes; tests/repository/test_demo.py runs the demo in small",
+    "adapters ─ pack ─▶ packed factors                      seed, stream, sample, row, column": "a "
+    "picture",
 }
 
 # The same for all commands that begin so.
