@@ -25,7 +25,7 @@ class Adapter:
         weight: merge weight.
         p: dropout rate in [0, 1); None is 1 - 1/K among K adapters.
         bias: (d_out,) or None. The adapter's output is then B A x + bias, as PEFT's ``lora_bias``
-            has it: mask and gain act on the bias too.
+            defines it: mask and gain act on the bias too.
         name: for display.
     """
 
@@ -77,27 +77,27 @@ class FusedOrthoLoRALinear(nn.Module):
     """``base(x) + Σ_j gain_j · m_j ⊙ (B_j A_j x + bias_j)``, see ``fused_ortho_lora``.
 
     Masks are Monte Carlo draws of the merge, so ``eval()`` does not switch them off; ``method``
-    does. An adapter's bias is served exactly, by one more rank on an input feature that is always
+    does. An adapter's bias is computed exactly, as one more rank on an input feature that is always
     one. The attributes ``method``, ``p``, ``weights``, ``seed``, ``stream``, ``sample``,
-    ``backend`` and ``keep_zero_weights`` may be set at any time; a pass that is run again
-    (checkpointing) uses those of its first time.
+    ``backend`` and ``keep_zero_weights`` may be set at any time; a pass that runs again
+    (checkpointing) uses the values of its first run.
 
     Frozen factors are packed once, and again after a change or a move; trained ones in every call.
-    What no check sees (one element written through ``.data``, frozen factors on a GPU written past
-    their version counters) is seen after :meth:`refresh`.
+    Changes that no check notices (one element written through ``.data``, frozen factors on a GPU
+    written without a version counter moving) need :meth:`refresh`.
 
     Args:
-        base: an ``nn.Linear``, or any module with ``in_features`` and ``out_features`` (or the
-            ``Conv1D`` of transformers), called as it is. x is cast to the dtype of its output for
-            the adapters.
+        base: an ``nn.Linear``, or any module with ``in_features`` and ``out_features`` (or
+            transformers' ``Conv1D``), called as it is. For the adapters, x is cast to the dtype of
+            its output.
         adapters: 1 to 255 adapters that fit the base.
         method: "orthogonal", "dropout" or "direct".
-        seed: None takes a fresh seed from torch's generator of the input's device at every
-            forward; an int freezes the masks.
+        seed: None draws a new seed at every forward, from torch's generator for the input's
+            device; an int freezes the masks.
         stream: which layer, in [0, 2**32): layers with equal seeds need different streams.
         trainable: factors become parameters instead of buffers.
-        backend: None for the best that serves a call, or a name that must serve it.
-        keep_zero_weights: adapters of weight 0 own their share of the elements and count in K.
+        backend: None for the best one that can serve the call, or the name of one that must.
+        keep_zero_weights: adapters of weight 0 keep their share of the elements and count in K.
             Otherwise they are off, as if they had not been given.
     Raises:
         TypeError, ValueError: an argument that does not fit, by name.
@@ -152,7 +152,7 @@ class FusedOrthoLoRALinear(nn.Module):
 
     @property
     def method(self) -> str:
-        """How adapters are mixed: "orthogonal", "dropout" or "direct"."""
+        """How the adapters are merged: "orthogonal", "dropout" or "direct"."""
         return self._choice.method
 
     @method.setter
@@ -181,7 +181,7 @@ class FusedOrthoLoRALinear(nn.Module):
 
     @property
     def keep_zero_weights(self) -> bool:
-        """Whether adapters of weight 0 own their share of the elements all the same."""
+        """Whether adapters of weight 0 keep their share of the elements."""
         return self._choice.keep_zero_weights
 
     @keep_zero_weights.setter
@@ -190,7 +190,7 @@ class FusedOrthoLoRALinear(nn.Module):
 
     @property
     def seed(self) -> int | None:
-        """None for a fresh seed at every forward, or an int that freezes the masks."""
+        """None for a new seed at every forward, or an int that freezes the masks."""
         return self._settings.seed
 
     @seed.setter
@@ -217,7 +217,7 @@ class FusedOrthoLoRALinear(nn.Module):
 
     @property
     def backend(self) -> str | None:
-        """None for the best that serves a call, or a name that must serve it."""
+        """None for the best one that can serve the call, or the name of one that must."""
         return self._settings.backend
 
     @backend.setter
@@ -276,20 +276,20 @@ class FusedOrthoLoRALinear(nn.Module):
         return self.add(x, base(x), in_place=is_fresh(base))
 
     def add(self, x: Tensor, y: Tensor, *, in_place: bool = False) -> Tensor:
-        """The adapters' share for x, added to what some base gave for it.
+        """The adapters' output for x, added to that of some base.
 
         Args:
             x: (..., in_features).
             y: (..., out_features).
-            in_place: y belongs to nobody else and may be written over.
+            in_place: nothing else uses y, which may be overwritten.
         """
         if torch.compiler.is_compiling():
             return self._mixer.add_traced(x, y, self._tensors(), self._traced)
         return self._mixer.add(x, y, self._tensors(), self._settings, in_place)
 
     def refresh(self) -> None:
-        """Packs the factors again, after a change that nothing shows: a few elements written
-        through ``.data``; on a GPU, anything written past the version counters."""
+        """Packs the factors again, after a change that no check notices: a few elements written
+        through ``.data``; on a GPU, frozen factors written without a version counter moving."""
         self._mixer.refresh(self._tensors(), self._settings)
 
     def _tensors(self) -> list[Tensor]:

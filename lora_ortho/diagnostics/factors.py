@@ -1,8 +1,8 @@
-"""One update s·B·A through small matrices, and the overlap of two subspaces.
+"""One update c·B·A through small matrices, and the overlap of two subspaces.
 
-With thin factorisations B = Q R and Aᵀ = P T, an update s·B·A is Q C Pᵀ with the small core
-C = s R Tᵀ: its norm, its column space and its angle to another update come from r × r matrices.
-Nothing of size (d_out, d_in) is ever made. All of it is computed in float64.
+With thin factorisations B = Q R and Aᵀ = P T, an update c·B·A of scaling c is Q C Pᵀ with the small
+core C = c R Tᵀ: its norm, its column space and its angle to another update come from r × r
+matrices. Nothing of size (d_out, d_in) is ever made. All of it is computed in float64.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from lora_ortho.module import Adapter
 
 @dataclass(frozen=True)
 class Factorisation:
-    """One update s·B·A as Q C Pᵀ.
+    """One update c·B·A as Q C Pᵀ.
 
     Attributes:
         Q: (d_out, rank of B), orthonormal columns that span the columns of B.

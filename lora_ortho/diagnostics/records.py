@@ -14,7 +14,7 @@ class Pair:
 
     Attributes:
         layer, first, second: names.
-        outputs: overlap of the column spaces of the two updates s·B·A.
+        outputs: overlap of the column spaces of the two updates c·B·A.
         columns: overlap of the column spaces of the two lora_B, where an lora_A has not lost any.
         inputs: overlap of the row spaces of the two updates: do they read the same features?
         alignment: ⟨ΔW_1, ΔW_2⟩ / (‖ΔW_1‖ ‖ΔW_2‖): 1 same direction, -1 opposite, 0 neither.
@@ -37,7 +37,7 @@ class Interference:
         layer: name.
         adapter: the one that acts.
         task: the adapter whose inputs these are.
-        ratio: ‖s B A X‖ of `adapter` over that of `task`, X the inputs of `task`; infinite
+        ratio: ‖c B A X‖ of `adapter` over that of `task`, X the inputs of `task`; infinite
             where the task's own output is zero.
     """
 
@@ -56,7 +56,7 @@ class Layer:
         sizes: (d_in, d_out) of its first adapter.
         adapters: names of those that adapt it, in merge order.
         ranks: ranks of their factors.
-        norms: Frobenius norms of their updates s·B·A.
+        norms: Frobenius norms of their updates c·B·A.
         smallest_p: the smallest rate that all of them may have in the orthogonal merge.
     """
 
@@ -111,9 +111,9 @@ class Report:
         interference: where inputs were given.
         smallest_p: the smallest rate that works for all adapters in every layer.
         dominant: the adapter whose shared_norm is at least twice every other's, at weights of 1;
-            None where there is none.
-        problems: why they cannot be merged; none if they can.
-        remarks: what does not prevent a merge, but should be known.
+            None if there is no such adapter.
+        problems: why they cannot be merged; empty if they can.
+        remarks: worth knowing, but no obstacle to a merge.
     """
 
     adapters: tuple[Summary, ...]

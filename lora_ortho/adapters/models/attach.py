@@ -69,11 +69,11 @@ class Attachment(Handle):
         p: Sequence[float] | None = _KEEP,
         weights: Sequence[float] | None = _KEEP,
     ) -> Attachment:
-        """Changes settings of all layers at once; those not given stay.
+        """Changes settings of all layers at once; those not given stay as they are.
 
         Args:
             method: "orthogonal", "dropout" or "direct".
-            seed: None for a fresh one at every forward, or an int.
+            seed: None for a new one at every forward, or an int.
             sample: which Monte Carlo draw, in [0, 2**24).
             p, weights: a rate and a merge weight for each adapter, in the order of `attach`.
         Raises:
@@ -98,8 +98,8 @@ class Attachment(Handle):
         return self
 
     def refresh(self) -> None:
-        """Packs all factors again, after a change that nothing shows: a few elements written
-        through ``.data``; on a GPU, frozen factors written past their version counters."""
+        """Packs all factors again, after a change that no check notices: a few elements written
+        through ``.data``; on a GPU, frozen factors written without a version counter moving."""
         for layer, merge in self._merges():
             merge.refresh(layer)
 
@@ -111,7 +111,7 @@ class Attachment(Handle):
                 yield layer, merge
 
     def detach(self) -> None:
-        """Gives every layer its own forward back; a second call does nothing."""
+        """Restores the forward of every layer; a second call does nothing."""
         self._passes.remove()
         for layer, _ in self._merges():
             peft_layers.take(layer)
@@ -149,15 +149,15 @@ def attach(
     Args:
         model: a module with PEFT LoRA layers (a PeftModel, a transformers or diffusers model with
             adapters loaded), or a diffusers pipeline, whose parts are all attached.
-        adapters: names in merge order; they are made active until `detach`. None takes those that
-            are active.
+        adapters: names in merge order; they are made active until `detach`. None takes the
+            active ones.
         p: a dropout rate for each of them; None gives 1 - 1/K on a layer where K are active.
-        weights: a merge weight for each of them; None is 1. PEFT's scaling counts besides. An
+        weights: a merge weight for each of them; None is 1. PEFT's scaling applies as well. An
             adapter of weight 0 is off: it owns no element and does not count in K.
         method, seed, backend: as for `FusedOrthoLoRALinear`.
         on_unsupported: "error", or "skip" to leave a layer that cannot be merged to PEFT; the
             report then says why.
-        keep_zero_weights: adapters of weight 0 own their share of the elements all the same.
+        keep_zero_weights: adapters of weight 0 keep their share of the elements.
     Returns:
         A handle with `report`, `set` and `detach`; `with attach(...)` detaches at the end.
     Raises:

@@ -61,11 +61,11 @@ class Injection(Handle):
         p: Sequence[float] | None = _KEEP,
         weights: Sequence[float] | None = _KEEP,
     ) -> Injection:
-        """Changes settings of all layers at once; those not given stay.
+        """Changes settings of all layers at once; those not given stay as they are.
 
         Args:
             method: "orthogonal", "dropout" or "direct".
-            seed: None for a fresh one at every forward, or an int.
+            seed: None for a new one at every forward, or an int.
             sample: which Monte Carlo draw, in [0, 2**24).
             p, weights: a rate and a merge weight for each adapter given to `inject`; None is
                 1 - 1/K on a layer where K take part, and 1.
@@ -97,15 +97,15 @@ class Injection(Handle):
         return self
 
     def refresh(self) -> None:
-        """Packs all factors again, after a change that nothing shows: a few elements written
-        through ``.data``; on a GPU, frozen factors written past their version counters."""
+        """Packs all factors again, after a change that no check notices: a few elements written
+        through ``.data``; on a GPU, frozen factors written without a version counter moving."""
         for layer in self.layers.values():
             layer.refresh()
 
     def detach(self) -> None:
-        """Gives every layer its own forward back, whatever was put around it meanwhile.
+        """Restores the forward of every layer, whatever has been wrapped around it since.
 
-        A layer that the model replaced is no longer there to change. A second call does nothing.
+        Layers that the model has replaced since are not touched. A second call does nothing.
         """
         self._passes.remove()
         for hook in self._scales:

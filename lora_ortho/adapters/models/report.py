@@ -29,15 +29,15 @@ class LayerReport:
     """What was done to one layer.
 
     Attributes:
-        name: qualified name in the model; in a pipeline after the name of the part.
+        name: qualified name in the model; in a pipeline it follows the name of the part.
         stream: number of its mask stream.
         adapters, ranks, p: names, ranks and dropout rates of its adapters, in merge order.
-        how: "fused" (written over what a plain linear layer gave), "base + delta" (added to what a
-            quantised or hooked layer gave), "convolution" (likewise, masks by channel and place),
-            "skipped" (left as it is) or "not reached" (no forward pass since called the layer,
-            though one has ended, or its parent was changed so that it calls it no more; what
-            torch.compile runs may not be seen).
-        reason: why it is not fused; "" where it is.
+        how: "fused" (added in place to the output of a plain linear layer), "base + delta" (added
+            to the output of a quantised or hooked layer), "convolution" (the same, with masks by
+            channel and position), "skipped" (left as it is) or "not reached" (a forward pass has
+            ended since without calling the layer, or its parent no longer calls it; what
+            torch.compile runs may go unnoticed).
+        reason: why it is not fused; "" if it is.
     """
 
     name: str
