@@ -68,6 +68,11 @@ RUN: dict[str, tuple[str, str]] = {
         SOURCES,
         "python -m benchmarks.report benchmarks/results/*.json",
     ),
+    "pytest benchmarks/": (
+        SOURCES,
+        "python -m pytest -q benchmarks -k 'forward and 512x768' --benchmark-max-time=0.05 "
+        "--benchmark-min-rounds=3",
+    ),
     "python -m benchmarks.compare OLD NEW": (
         SOURCES,
         "set -- benchmarks/results/*.json; python -m benchmarks.compare $1 $1",
