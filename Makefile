@@ -63,6 +63,7 @@ lint: $(VENV)/dev.stamp
 
 docs: $(VENV)/dev.stamp
 	$(BIN)/python docs/make_pages.py
+	$(BIN)/python tools/facts.py
 
 bench: $(VENV)/dev.stamp
 	$(BIN)/python -m benchmarks

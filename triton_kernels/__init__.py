@@ -1,7 +1,7 @@
 """Triton kernels of lora_ortho, installed as ``lora_ortho.triton_kernels``.
 
-``mask_stream``, ``forward`` and ``backward`` hold the kernels and the launches that use them,
-``tiles`` the steps that they share, ``launch_config`` how they are launched on which GPU, and
-``resources`` what they take there, found by compiling without a GPU. The backend is
+``expand``, ``grad_s`` and ``grad_B`` hold a kernel and its launch each, ``backward`` what the two
+of the gradients share, ``mask_stream`` the draws, ``tiles`` what is done with one tile and
+``launch_config`` how the kernels are launched on which GPU. The backend is
 ``lora_ortho.backends.triton``; docs/triton_kernels.md tells why things are as they are.
 """

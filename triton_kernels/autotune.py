@@ -1,4 +1,4 @@
-"""Optional tuning of the one choice that changes no bit: the tiles that a forward program walks.
+"""Optional tuning of the one choice that changes no bit: the tiles that an expand program walks.
 
 Off unless LORA_ORTHO_AUTOTUNE=1. The first call of a size then times every candidate on its GPU
 and keeps the fastest, for this process and, in the file of :func:`cache_path`, for the next.
@@ -21,7 +21,7 @@ import torch
 import triton
 from triton.testing import do_bench
 
-from .launch_config import INTERPRETER, Forward, Gpu, Merge, tile_counts
+from .launch_config import INTERPRETER, Expand, Gpu, Sizes, tile_counts
 
 VARIABLE = "LORA_ORTHO_AUTOTUNE"
 _FORMAT = 1
@@ -42,21 +42,21 @@ def cache_path() -> Path:
 
 
 def tuned(
-    config: Forward,
+    config: Expand,
     gpu: Gpu,
     device: torch.device,
-    merge: Merge,
-    method: str,
-    run: Callable[[Forward], None],
-) -> Forward:
+    sizes: Sizes,
+    draw: str,
+    run: Callable[[Expand], None],
+) -> Expand:
     """The configuration with the fastest number of tiles.
 
     Args:
         config: the default, returned as it is while a CUDA graph is captured.
         run: launches a configuration on outputs that nobody reads.
     """
-    key = _key(gpu, device, merge, method)
-    choices = {count: replace(config, tiles=count) for count in tile_counts(config, merge)}
+    key = _key(gpu, device, sizes, draw)
+    choices = {count: replace(config, tiles=count) for count in tile_counts(config, sizes)}
     if _known.get(key) not in choices:
         _read(cache_path())
     if _known.get(key) not in choices:
@@ -77,9 +77,9 @@ def measure(run: Callable[[], None], gpu: Gpu) -> float:
     return float(do_bench(run, warmup=5, rep=20, return_mode="median"))
 
 
-def _key(gpu: Gpu, device: torch.device, merge: Merge, method: str) -> str:
+def _key(gpu: Gpu, device: torch.device, sizes: Sizes, draw: str) -> str:
     name = "interpreter" if gpu.arch == INTERPRETER else torch.cuda.get_device_name(device)
-    return f"{name}, Triton {triton.__version__}, {method}, {merge}"
+    return f"{name}, Triton {triton.__version__}, {draw}, {sizes}"
 
 
 def _read(path: Path) -> None:

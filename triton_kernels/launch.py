@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .launch_config import INTERPRETER, Gpu, Merge
+from .launch_config import INTERPRETER, Gpu, Sizes
 from .mask_stream import signed
 
 
@@ -15,15 +16,16 @@ class Factors(NamedTuple):
     """The factors of K adapters as the kernels read them, in the dtype of x.
 
     Attributes:
-        method: "orthogonal", "dropout" or "direct".
+        draw: the kind, "none", "shared" or "own".
         A: (Σr, d_in).
         B: (K, d_out, width), zero from each rank on.
-        table: (K, 4) int32: lowest and highest draw as 32-bit words, first column in s, rank.
+        table: (K, 4) int32: the first and the last 32-bit word whose upper half is a draw of the
+            adapter, its first column in s, its rank.
         rank: the rank of all adapters, or 0 where they differ.
         rank_sum: Σr.
     """
 
-    method: str
+    draw: str
     A: Tensor
     B: Tensor
     table: Tensor
@@ -45,13 +47,13 @@ class Launch(NamedTuple):
         self.kernel[(self.programs,)](**self.arguments, **self.constants, **self.options)
 
 
-def merge_of(factors: Factors, tokens: int) -> Merge:
+def sizes_of(factors: Factors, tokens: int) -> Sizes:
     """The sizes of a call, for the launch configuration."""
     K, d_out, width = factors.B.shape
-    return Merge(tokens, d_out, K, width, factors.B.element_size())
+    return Sizes(tokens, d_out, K, width, factors.B.element_size())
 
 
-def shared(
+def common_arguments(
     factors: Factors, s: Tensor, gains: Tensor, seed: Tensor, place: tuple[int, int, int, int]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """The arguments and constants that all kernels take alike.
@@ -77,7 +79,7 @@ def shared(
         "group_offset": signed(col_offset >> 3),
     }
     constants = {
-        "METHOD": factors.method,
+        "DRAW": factors.draw,
         "K": K,
         "RANK": factors.rank,
         "WIDTH": width,
@@ -85,6 +87,23 @@ def shared(
         "S_VECTOR": vector,
     }
     return arguments, constants
+
+
+def row_access(
+    matrix: Tensor, place: tuple[int, int, int, int], *beside: Tensor
+) -> tuple[int, int, int]:
+    """How the rows of a (tokens, d_out) matrix are read.
+
+    Args:
+        beside: contiguous matrices that are accessed in the same tiles.
+    Returns:
+        the row stride, in vectors; the column stride; the elements of a vector.
+    """
+    tokens, d_out = matrix.shape
+    row, column = matrix.stride()
+    sizes = math.gcd(d_out, row if tokens > 1 else d_out, place[3]) if column == 1 else 1
+    vector = vector_of(sizes, matrix.element_size(), matrix, *beside)
+    return row // vector, column, vector
 
 
 def vector_of(sizes: int, itemsize: int, *tensors: Tensor) -> int:

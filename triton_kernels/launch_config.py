@@ -1,7 +1,7 @@
 """How each kernel is launched: a pure function of the problem and the GPU, printable as it is.
 
-``python -m lora_ortho.triton_kernels.resources`` compiles every configuration that these functions
-can return and prints what it takes; docs/triton_kernels.md holds the table and the reasons.
+tools/triton_facts.py compiles every configuration that these functions can return; what each takes
+is in docs/facts/triton.json, the reasons are in docs/triton_kernels.md.
 """
 
 from __future__ import annotations
@@ -10,10 +10,9 @@ from dataclasses import dataclass
 
 INTERPRETER = "interpreter"
 MIN_WIDTH = 16  # the smallest side of a tensor-core product
-MAX_RANK = 256
 HOISTED_ADAPTERS = 3
 HOISTED_COLUMNS = 64
-MOST_TILES = 8  # side by side in a program of the forward kernel
+MOST_TILES = 8  # side by side in a program of the expand kernel
 
 
 @dataclass(frozen=True)
@@ -30,7 +29,7 @@ class Gpu:
 
 
 @dataclass(frozen=True)
-class Merge:
+class Sizes:
     """The sizes that a choice depends on: tokens, d_out, K, the padded rank, bytes an element."""
 
     tokens: int
@@ -41,8 +40,8 @@ class Merge:
 
 
 @dataclass(frozen=True)
-class Forward:
-    """Tiles of ``forward_kernel``; tiles is how many of them side by side a program makes."""
+class Expand:
+    """Tiles of ``expand_kernel``; tiles is how many of them side by side a program makes."""
 
     block_m: int
     block_n: int
@@ -74,57 +73,57 @@ def _ceil(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def forward(gpu: Gpu, merge: Merge) -> Forward:
-    """The tiles of the forward kernel."""
-    half = merge.itemsize == 2
-    chunk = min(merge.width, 32 if half else 16)
-    few = merge.adapters <= HOISTED_ADAPTERS
-    few = few and merge.adapters * merge.width <= HOISTED_COLUMNS
-    hoist = half and few and chunk == merge.width  # what is hoisted is one chunk of each adapter
-    block_m, block_n, warps = _forward_tile(gpu.arch, merge)
+def expand(gpu: Gpu, sizes: Sizes) -> Expand:
+    """The tiles of the expand kernel."""
+    half = sizes.itemsize == 2
+    chunk = min(sizes.width, 32 if half else 16)
+    few = sizes.adapters <= HOISTED_ADAPTERS
+    few = few and sizes.adapters * sizes.width <= HOISTED_COLUMNS
+    hoist = half and few and chunk == sizes.width  # what is hoisted is one chunk of each adapter
+    block_m, block_n, warps = _expand_tile(gpu.arch, sizes)
     registers = 168 if hoist and gpu.arch == "sm_90" else None
-    rows = _ceil(merge.tokens, block_m)
-    tiles = _ceil(merge.d_out, block_n)
+    rows = _ceil(sizes.tokens, block_m)
+    tiles = _ceil(sizes.d_out, block_n)
     # as many tiles a program as leave two programs for each multiprocessor
     tiles = min(MOST_TILES, tiles, max(1, rows * tiles // (2 * gpu.multiprocessors)))
-    return Forward(block_m, block_n, tiles, chunk, hoist, warps, registers)
+    return Expand(block_m, block_n, tiles, chunk, hoist, warps, registers)
 
 
-def tile_counts(config: Forward, merge: Merge) -> tuple[int, ...]:
+def tile_counts(config: Expand, sizes: Sizes) -> tuple[int, ...]:
     """The numbers of tiles that a configuration may have for a problem, its own among them."""
-    most = min(MOST_TILES, _ceil(merge.d_out, config.block_n))
+    most = min(MOST_TILES, _ceil(sizes.d_out, config.block_n))
     powers = (1 << i for i in range(most.bit_length()))
     return tuple(sorted({config.tiles, *(count for count in powers if count <= most)}))
 
 
-def _forward_tile(arch: str, merge: Merge) -> tuple[int, int, int]:
+def _expand_tile(arch: str, sizes: Sizes) -> tuple[int, int, int]:
     """Rows, columns and warps: what does not spill, in the fewest instructions an element."""
     if arch == INTERPRETER:  # whose time goes with the number of programs
         return 32, 128, 1
-    if merge.itemsize == 4:
+    if sizes.itemsize == 4:
         return 32, 32, 4
     if arch.startswith("sm_10"):  # 64 rows would take the way through tensor memory: 29 to 20
         return 32, 64, 4
-    if arch != "sm_90" and merge.width > 64:
+    if arch != "sm_90" and sizes.width > 64:
         return 32, 64, 4
     return 64, 64, 4
 
 
-def grad_s(gpu: Gpu, merge: Merge) -> Backward:
+def grad_s(gpu: Gpu, sizes: Sizes) -> Backward:
     """The tiles of the kernel that sums over columns."""
-    return _backward(gpu, merge, merge.tokens, merge.d_out)
+    return _backward(gpu, sizes, sizes.tokens, sizes.d_out)
 
 
-def grad_B(gpu: Gpu, merge: Merge) -> Backward:
+def grad_B(gpu: Gpu, sizes: Sizes) -> Backward:
     """The tiles of the kernel that sums over rows."""
-    return _backward(gpu, merge, merge.d_out, merge.tokens)
+    return _backward(gpu, sizes, sizes.d_out, sizes.tokens)
 
 
-def _backward(gpu: Gpu, merge: Merge, kept: int, summed: int) -> Backward:
-    block = 64 if merge.itemsize == 2 or gpu.arch == INTERPRETER else 32
-    chunk = min(merge.width, 64)
-    group = max(1, min(merge.adapters, 64 // merge.width))
-    programs = _ceil(kept, block) * _ceil(merge.adapters, group) * (merge.width // chunk)
+def _backward(gpu: Gpu, sizes: Sizes, kept: int, summed: int) -> Backward:
+    block = 64 if sizes.itemsize == 2 or gpu.arch == INTERPRETER else 32
+    chunk = min(sizes.width, 64)
+    group = max(1, min(sizes.adapters, 64 // sizes.width))
+    programs = _ceil(kept, block) * _ceil(sizes.adapters, group) * (sizes.width // chunk)
     # enough parts for two programs on each multiprocessor, of at least four tiles each
     parts = max(1, min(_ceil(2 * gpu.multiprocessors, programs), summed // (4 * block)))
     return Backward(block, block, chunk, group, parts, 4)

@@ -11,25 +11,21 @@ ROUNDS = tl.constexpr(7)
 
 
 @triton.jit
-def draw(
-    seed: tl.tensor,
-    rows: tl.tensor,
-    groups: tl.tensor,
-    stream: tl.tensor,
-    sample: tl.tensor,
-    lane_set: tl.tensor,
-) -> tl.tensor:
+def draw(place: tl.tuple, rows: tl.tensor, groups: tl.tensor, lane_set: tl.tensor) -> tl.tensor:
     """Draws of BLOCK_M rows and 8 · GROUPS columns, each in the upper half of a uint32.
 
     Args:
-        seed: int64 scalar.
-        rows: (BLOCK_M,) token indices with row_offset, any integers, taken mod 2**32.
-        groups: (GROUPS,) column indices with col_offset, divided by eight, likewise.
-        stream, sample: int32 scalars, the bits of uint32.
+        place: of row 0 and group 0 in the mask stream: seed (int64), stream, sample, row and
+            group, integers of any width taken mod 2**32.
+        rows: (BLOCK_M,) token indices.
+        groups: (GROUPS,) column indices, divided by eight.
         lane_set: int scalar.
     Returns:
         uint32 (BLOCK_M, GROUPS, 8): the draw is the upper half, the lower half is arbitrary.
     """
+    seed, stream, sample, row, group = place
+    rows += row
+    groups += group
     zero = tl.zeros([rows.shape[0], groups.shape[0]], dtype=tl.uint32)
     w0, w1, w2, w3 = tl.philox(
         seed,
@@ -63,7 +59,7 @@ def draws_kernel(
     blocks = tl.cdiv(groups, BLOCK_G)
     m = (tl.program_id(0) // blocks).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     g = (tl.program_id(0) % blocks) * BLOCK_G + tl.arange(0, BLOCK_G)
-    u = draw(tl.load(seed), m + row, g + group, stream, sample, lane_set)
+    u = draw((tl.load(seed), stream, sample, row, group), m, g, lane_set)
     cols = g[:, None] * 8 + tl.arange(0, 8)[None, :]
     inside = (m < rows)[:, None, None] & (g < groups)[None, :, None]
     tl.store(out + m[:, None, None] * (groups * 8) + cols[None], (u >> 16).to(tl.int32), inside)

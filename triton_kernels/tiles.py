@@ -47,13 +47,41 @@ def dot(a: tl.tensor, b: tl.tensor, total: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
+def columns(
+    tile: tl.tensor,
+    d_out: tl.tensor,
+    SHIFT: tl.constexpr,
+    VECTOR: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+) -> tl.tensor:
+    """A tile's columns, whether each lies inside, and its groups of eight, counted from SHIFT
+    columns before the first."""
+    cols = tile * BLOCK_N - SHIFT + tl.arange(0, BLOCK_N)
+    in_cols = tl.max_constancy((cols >= 0) & (cols < d_out), VECTOR)
+    groups = tile * (BLOCK_N // 8) + tl.arange(0, BLOCK_N // 8)
+    return cols, in_cols, groups
+
+
+@triton.jit
+def first_word(table: tl.tensor, j: tl.tensor) -> tl.tensor:
+    """The lowest word whose upper half is a draw of adapter j."""
+    return tl.load(table + 4 * j).to(tl.uint32, bitcast=True)
+
+
+@triton.jit
+def last_word(table: tl.tensor, j: tl.tensor) -> tl.tensor:
+    """The highest word whose upper half is a draw of adapter j."""
+    return tl.load(table + 4 * j + 1).to(tl.uint32, bitcast=True)
+
+
+@triton.jit
 def share(table: tl.tensor, j: tl.tensor, RANK: tl.constexpr) -> tl.tensor:
-    """Adapter j's first column in s, and its rank; RANK is that of all, or 0."""
+    """Where adapter j's columns of s begin, and its rank; RANK is that of all, or 0."""
     if RANK:
-        first, rank = j * RANK, RANK
+        begin, rank = j * RANK, RANK
     else:
-        first, rank = tl.load(table + 4 * j + 2), tl.load(table + 4 * j + 3)
-    return first, rank
+        begin, rank = tl.load(table + 4 * j + 2), tl.load(table + 4 * j + 3)
+    return begin, rank
 
 
 @triton.jit
@@ -62,13 +90,13 @@ def load_share(
     rows: tl.tensor,
     tokens: tl.tensor,
     s_stride: tl.tensor,
-    first: tl.tensor,
+    begin: tl.tensor,
     rank: tl.tensor,
     r: tl.tensor,
 ) -> tl.tensor:
     """Columns r of an adapter's share of s, zero from its rank on; (BLOCK_M, CHUNK)."""
     inside = (rows < tokens)[:, None] & (r < rank)[None, :]
-    return tl.load(s + rows[:, None] * s_stride + (first + r)[None, :], mask=inside, other=0.0)
+    return tl.load(s + rows[:, None] * s_stride + (begin + r)[None, :], mask=inside, other=0.0)
 
 
 @triton.jit

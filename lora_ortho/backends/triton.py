@@ -20,7 +20,6 @@ from torch import Tensor
 
 from lora_ortho._torch_internals import WIDE_OUTPUT, constant_in_graphs
 from lora_ortho.backends.base import Gradients, Needs, empty_gradients
-from lora_ortho.backends.native import METHODS
 from lora_ortho.mask_stream import seed_tensor
 from lora_ortho.problem import Place, Problem
 
@@ -101,7 +100,7 @@ def _empty_factors(problem: Problem, device: torch.device) -> Factors:
         shape = (len(ranks), problem.d_out, width_of(max(ranks)))
         B = torch.zeros(shape, dtype=dtype, device=device)
     rank = ranks[0] if len(set(ranks)) == 1 else 0
-    return Factors(METHODS[problem.draw], A, B, _table_on(problem, device), rank, sum(ranks))
+    return Factors(problem.draw.value, A, B, _table_on(problem, device), rank, sum(ranks))
 
 
 @functools.lru_cache(maxsize=1024)
@@ -112,8 +111,8 @@ def _table_on(problem: Problem, device: torch.device) -> Tensor:
 
 
 def _table(problem: Problem) -> list[list[int]]:
-    """For each adapter the lowest and the highest 32-bit word, read as int32, whose upper half is
-    one of its draws; its first column in s; its rank."""
+    """For each adapter the first and the last 32-bit word, read as int32, whose upper half is one
+    of its draws; its first column in s; its rank."""
     from lora_ortho.triton_kernels.mask_stream import signed
 
     rows, column = [], 0
@@ -132,7 +131,7 @@ def forward(
     place: Place,
     out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    from lora_ortho.triton_kernels import forward as kernels
+    from lora_ortho.triton_kernels.expand import expand
     from lora_ortho.triton_kernels.launch import gpu_of
 
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False), _guard(x):
@@ -141,7 +140,7 @@ def forward(
         if y.numel():
             key = seed_tensor(seed, x.device)
             gpu = gpu_of(x.device)
-            kernels.forward(packed, gpu, y, base, s, gains.float(), key, place).run()
+            expand(packed, gpu, y, base, s, gains.float(), key, place).run()
     return y, s
 
 
@@ -156,7 +155,8 @@ def backward(
     needs: Needs,
     factor_dtype: torch.dtype,
 ) -> Gradients:
-    from lora_ortho.triton_kernels import backward as kernels
+    from lora_ortho.triton_kernels.grad_B import grad_B as grad_B_launch
+    from lora_ortho.triton_kernels.grad_s import grad_s as grad_s_launch
     from lora_ortho.triton_kernels.launch import gpu_of
 
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False), _guard(x):
@@ -169,17 +169,17 @@ def backward(
         key = seed_tensor(seed, x.device)
         call = (packed, gpu_of(x.device), grad, s, gains.float(), key, place)
         if needs.x or needs.A or needs.gains:
-            launch, grad_s_parts, grad_gain_parts = kernels.grad_s(*call)
+            launch, grad_s_parts, grad_gain_parts = grad_s_launch(*call)
             launch.run()
-            grad_s = _total(grad_s_parts, x.dtype)
+            grad_s = _sum_parts(grad_s_parts, x.dtype)
             grad_x = grad_s @ packed.A if needs.x else grad_x
             grad_A = _product(grad_s.T, x, factor_dtype) if needs.A else grad_A
             if needs.gains:
                 grad_gains = grad_gain_parts.sum(dim=(0, 2)).to(gains.dtype)
         if needs.B:
-            launch, grad_B_parts = kernels.grad_B(*call, factor_dtype)
+            launch, grad_B_parts = grad_B_launch(*call, factor_dtype)
             launch.run()
-            grad_B = _total(grad_B_parts, factor_dtype)
+            grad_B = _sum_parts(grad_B_parts, factor_dtype)
     return grad_x, grad_A, grad_B, grad_gains
 
 
@@ -188,7 +188,7 @@ def _guard(x: Tensor) -> AbstractContextManager[object]:
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
-def _total(parts: Tensor, dtype: torch.dtype) -> Tensor:
+def _sum_parts(parts: Tensor, dtype: torch.dtype) -> Tensor:
     """The sum over the first axis, in float32 and in a fixed order; rounded once."""
     return (parts[0] if parts.shape[0] == 1 else parts.sum(dim=0)).to(dtype)
 

@@ -86,9 +86,9 @@ NOT_RUN = {
     "cmake --preset release -DLORA_ORTHO_CUDA=ON && cmake --build --preset release": "compiles for "
     "minutes and needs nvcc; cpp.md builds without CUDA kernels, test_consumers.py installs",
     "cmake --install build/release --prefix <prefix>": "the same",
-    "python tests/support/cuda_facts.py": "needs nvcc; test_cuda_facts.py calls what it calls",
-    "python -m lora_ortho.triton_kernels.resources": "compiles 288 kernels for minutes; "
-    "tests/triton_kernels/test_triton_compile.py calls what it calls",
+    "python tools/cuda_facts.py": "needs nvcc; test_cuda_facts.py calls what it calls",
+    "python tools/triton_facts.py": "compiles 288 kernels for minutes; "
+    "tests/triton_kernels/test_triton_compile.py runs it with --print",
     "python -m benchmarks --save": "writes into the sources; test_run.py runs it on a copy of them",
     "shrink   s = x Aᵀ                                   (tokens, d_in) × (Σr, d_in)": "a formula",
     "shrink   out[m, r] = Σ_n mask(m, n) x[m, n] f[r, n]    s = x Aᵀ without masks; ds = (m ⊙ g) B "

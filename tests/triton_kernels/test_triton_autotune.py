@@ -17,10 +17,10 @@ if backend.unavailable() is not None or not backend.interpreted():
     pytest.skip("needs Triton's interpreter", allow_module_level=True)
 
 from lora_ortho.triton_kernels import autotune
-from lora_ortho.triton_kernels.launch_config import Forward, Gpu, Merge, forward, tile_counts
+from lora_ortho.triton_kernels.launch_config import Expand, Gpu, Sizes, expand, tile_counts
 
 GPU = Gpu("sm_90", 132)
-MERGE = Merge(tokens=8192, d_out=4096, adapters=3, width=16, itemsize=2)
+SIZES = Sizes(tokens=8192, d_out=4096, adapters=3, width=16, itemsize=2)
 CPU = torch.device("cpu")
 
 
@@ -29,7 +29,7 @@ def _fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     """Tuning on, nothing known, a cache folder of its own."""
     monkeypatch.setenv(autotune.VARIABLE, "1")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(autotune, "_key", lambda gpu, device, merge, method: f"{method} {merge}")
+    monkeypatch.setattr(autotune, "_key", lambda gpu, device, sizes, draw: f"{draw} {sizes}")
     forget()
     yield
     forget()
@@ -41,7 +41,7 @@ def forget() -> None:
     autotune._files_read.clear()
 
 
-def tune(monkeypatch: pytest.MonkeyPatch, fastest: int | None) -> tuple[Forward, list[int]]:
+def tune(monkeypatch: pytest.MonkeyPatch, fastest: int | None) -> tuple[Expand, list[int]]:
     """The choice where one number of tiles is the fastest, and what was timed for it."""
     timed: list[int] = []
 
@@ -50,15 +50,15 @@ def tune(monkeypatch: pytest.MonkeyPatch, fastest: int | None) -> tuple[Forward,
         return 1.0 if timed[-1] == fastest else 2.0
 
     monkeypatch.setattr(autotune, "measure", measure)
-    default = forward(GPU, MERGE)
+    default = expand(GPU, SIZES)
     choice = autotune.tuned(
-        default, GPU, CPU, MERGE, "orthogonal", lambda config: timed.append(config.tiles)
+        default, GPU, CPU, SIZES, "shared", lambda config: timed.append(config.tiles)
     )
     assert {**vars(choice), "tiles": 0} == {**vars(default), "tiles": 0}
     return choice, timed
 
 
-@pytest.mark.parametrize("fastest", tile_counts(forward(GPU, MERGE), MERGE))
+@pytest.mark.parametrize("fastest", tile_counts(expand(GPU, SIZES), SIZES))
 def test_the_fastest_is_taken_and_kept(monkeypatch: pytest.MonkeyPatch, fastest: int) -> None:
     choice, timed = tune(monkeypatch, fastest)
     assert choice.tiles == fastest

@@ -96,9 +96,9 @@ def test_any_tiles_any_parts(
     from lora_ortho.triton_kernels import launch_config as config
 
     m, n, count, chunk, hoist = tiles
-    forward = config.Forward(m, n, count, chunk, hoist, 4, None)
+    expand = config.Expand(m, n, count, chunk, hoist, 4, None)
     backward = config.Backward(m, n, chunk, count, 1 if hoist else 3, 4)
-    monkeypatch.setattr(config, "forward", lambda *_: forward)
+    monkeypatch.setattr(config, "expand", lambda *_: expand)
     monkeypatch.setattr(config, "grad_s", lambda *_: backward)
     monkeypatch.setattr(config, "grad_B", lambda *_: backward)
     ranks = (16, 16, 16) if hoist else (20, 32, 3, 17)

@@ -1,13 +1,13 @@
-"""What the kernels take on each GPU, read from what the compiler makes; needs no GPU.
+"""What the Triton kernels take on each GPU, read from what the compiler makes; needs no GPU.
 
-``python -m lora_ortho.triton_kernels.resources`` compiles everything that ships and prints the
-table of docs/triton_kernels.md; ``--json`` prints every figure.
+``python tools/triton_facts.py`` compiles everything that ships for minutes and writes
+docs/facts/triton.json and the table of docs/triton_kernels.md; with ``--print`` it prints the facts
+instead.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
 import os
 import re
@@ -15,17 +15,16 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import facts
 import torch
 import triton
+from lora_ortho.triton_kernels.launch import Launch
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-
-from .launch import Launch
-from .shipped import Shipped, shipped
+from triton_variants import Variant, variants
 
 _TYPES = {
     torch.float32: "fp32",
@@ -34,35 +33,6 @@ _TYPES = {
     torch.int32: "i32",
     torch.int64: "i64",
 }
-
-
-@dataclass(frozen=True)
-class Figures:
-    """What one compiled kernel takes.
-
-    Attributes:
-        registers: of a thread (vector registers on AMD).
-        stack: bytes of local memory or scratch of a thread: spills or anything else.
-        shared: bytes of shared memory of a program.
-        stores, loads: the kinds of accesses to global memory.
-        instructions: in the kernel, all paths.
-        per_element: instructions that a thread issues for each element of its tiles of y or grad,
-            None where loops are nested. See :func:`per_element`.
-    """
-
-    kernel: str
-    arch: str
-    dtype: str
-    method: str
-    adapters: int
-    rank: int
-    registers: int
-    stack: int
-    shared: int
-    stores: tuple[str, ...]
-    loads: tuple[str, ...]
-    instructions: int
-    per_element: float | None
 
 
 def compile_launch(launch: Launch, arch: str) -> Any:
@@ -87,32 +57,35 @@ def compile_launch(launch: Launch, arch: str) -> Any:
     return triton.compile(source, target=target, options=launch.options)
 
 
-def figures(item: Shipped) -> Figures:
-    """Compiles one kernel and reads its figures."""
-    launch = item.launch()
-    compiled = compile_launch(launch, item.gpu.arch)
-    nvidia = item.gpu.arch.startswith("sm_")
-    read = _read_nvidia if nvidia else _read_amd
-    registers, stack, code = read(compiled)
+def row(variant: Variant) -> facts.Row:
+    """Compiles one kernel and reads its facts.
+
+    Beside the keys of ``facts``: shared_bytes of a program, and the kinds of loads from and stores
+    to global memory. Registers of AMD are vector registers, local_bytes its scratch.
+    """
+    launch = variant.launch()
+    compiled = compile_launch(launch, variant.gpu.arch)
+    nvidia = variant.gpu.arch.startswith("sm_")
+    registers, local_bytes, code = (_read_nvidia if nvidia else _read_amd)(compiled)
     names = [word for word in code if not word.endswith(":")]
     threads = launch.options["num_warps"] * (32 if nvidia else 64)
     elements = launch.constants["BLOCK_M"] * launch.constants["BLOCK_N"] // threads
     tiles = launch.constants.get("TILES") or launch.arguments["tiles"]
-    return Figures(
-        item.kernel,
-        item.gpu.arch,
-        str(item.dtype).removeprefix("torch."),
-        item.method,
-        item.adapters,
-        item.rank,
-        registers,
-        stack,
-        compiled.metadata.shared,
-        _accesses(names, r"STG|global_store|buffer_store"),
-        _accesses(names, r"LDG|global_load|buffer_load"),
-        len(names),
-        per_element(code, tiles, elements),
-    )
+    return {
+        "kernel": variant.kernel,
+        "dtype": str(variant.dtype).removeprefix("torch."),
+        "draw": variant.draw,
+        "adapters": variant.adapters,
+        "rank": variant.rank,
+        "arch": variant.gpu.arch,
+        "registers": registers,
+        "local_bytes": local_bytes,
+        "shared_bytes": compiled.metadata.shared,
+        "loads": _accesses(names, r"LDG|global_load|buffer_load"),
+        "stores": _accesses(names, r"STG|global_store|buffer_store"),
+        "instructions": len(names),
+        "instructions_per_element": per_element(code, tiles, elements),
+    }
 
 
 def per_element(code: Sequence[str], tiles: int, elements: int) -> float | None:
@@ -144,8 +117,8 @@ def per_element(code: Sequence[str], tiles: int, elements: int) -> float | None:
     return (number + (tiles - 1) * (end - start)) / (tiles * elements)
 
 
-def _accesses(names: Sequence[str], kinds: str) -> tuple[str, ...]:
-    return tuple(sorted({name for name in names if re.match(kinds, name)}))
+def _accesses(names: Sequence[str], kinds: str) -> list[str]:
+    return sorted({name for name in names if re.match(kinds, name)})
 
 
 def _read_nvidia(compiled: Any) -> tuple[int, int, list[str]]:
@@ -186,60 +159,32 @@ def _output(command: list[str | Path]) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-def measure(items: Sequence[Shipped], jobs: int) -> list[Figures]:
-    """The figures of many, by processes beside one another."""
+def measure(chosen: Sequence[Variant], jobs: int) -> facts.Facts:
+    """The facts of many, by processes beside one another."""
     torch.set_num_threads(1)
     context = multiprocessing.get_context("spawn")
-    with context.Pool(min(jobs, len(items))) as pool:
-        return pool.map(figures, items, chunksize=4)
-
-
-def table(found: Sequence[Figures], version: str = triton.__version__) -> str:
-    """Rows are kernels and problems; a cell is registers and instructions for each element.
-
-    Args:
-        version: of the Triton that compiled them.
-    """
-    archs = list(dict.fromkeys(one.arch for one in found))
-    found_in = {
-        (one.kernel, one.dtype, one.method, one.adapters, one.rank, one.arch): one for one in found
-    }
-    rows = list(dict.fromkeys(key[:-1] for key in found_in))
-    lines = [
-        f"Triton {version}. Each cell: registers of a thread, instructions for each "
-        "element of y or grad.",
-        "",
-        "| kernel | dtype | method | K × r | " + " | ".join(archs) + " |",
-        "| --- " * 4 + "| ---: " * len(archs) + "|",
-    ]
-    for row in rows:
-        kernel, dtype, method, adapters, rank = row
-        texts = [f"{adapters} × {rank or 'unequal'}"]
-        for arch in archs:
-            one = found_in[kernel, dtype, method, adapters, rank, arch]
-            count = "-" if one.per_element is None else f"{one.per_element:.1f}"
-            texts.append(f"{one.registers}, {count}")
-        lines.append(f"| {kernel} | {dtype} | {method} | " + " | ".join(texts) + " |")
-    stack = max(one.stack for one in found)
-    lines += ["", f"{len(found)} kernels, at most {stack} bytes of local memory or scratch."]
-    return "\n".join(lines)
+    with context.Pool(min(jobs, len(chosen))) as pool:
+        rows = pool.map(row, chosen, chunksize=4)
+    return facts.Facts(f"Triton {triton.__version__}", rows)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; see the module's text."""
-    parser = argparse.ArgumentParser(prog="python -m lora_ortho.triton_kernels.resources")
-    parser.add_argument("--json", action="store_true", help="every figure, as JSON")
+    parser = argparse.ArgumentParser(prog="python tools/triton_facts.py")
+    parser.add_argument("--print", action="store_true", help="print the facts, write nothing")
+    parser.add_argument("--every", type=int, default=1, help="with --print: every n-th kernel")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes")
-    parser.add_argument("--every", type=int, default=1, help="only every n-th kernel")
     options = parser.parse_args(arguments)
+    if options.every != 1 and not options.print:
+        parser.error("--every goes with --print")
     if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
         print("TRITON_INTERPRET is set: nothing can be compiled", file=sys.stderr)
         return 1
-    found = measure(list(shipped())[:: options.every], options.jobs)
-    if options.json:
-        print(json.dumps({"triton": triton.__version__, "kernels": [asdict(f) for f in found]}))
+    found = measure(list(variants())[:: options.every], options.jobs)
+    if options.print:
+        print(found.text(), end="")
     else:
-        print(table(found))
+        facts.save("triton", found)
     return 0
 
 
