@@ -1,6 +1,7 @@
 """What the compiler made of the CUDA kernels: registers, spills, widths, instructions per element.
 
-``python tests/support/cuda_facts.py`` compiles them and writes the table into docs/cuda_kernels.md.
+``python tools/cuda_facts.py`` compiles them and writes docs/facts/cuda.json and the tables of
+docs/cuda_kernels.md.
 """
 
 from __future__ import annotations
@@ -8,39 +9,35 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
+import facts
 import sass
-from native import ROOT, build, run
 
-PAGE = ROOT / "docs" / "cuda_kernels.md"
-BEGIN, END = "<!-- facts: begin -->\n", "<!-- facts: end -->\n"
 ARCHITECTURES = ("sm_80", "sm_90a", "sm_100")
 
 _NAME = re.compile(r"(\w+?)_kernelI(?:NS0_\d+(\w+?)E|(f))((?:Lb[01]E)*)E")
 _MANGLED = re.compile(r"^_ZN10lora_ortho4cuda\d+")
-_MEANING = {
-    "expand": ("orthogonal", "staged"),
-    "shrink": ("masked", "wide"),
+# What each Boolean template parameter tells: a key of the row, its values for false and for true.
+_WIDTHS = (("variant", ("narrow", "wide")),)
+_FLAGS = {
+    "expand": (("draw", ("none or own", "shared")), ("variant", ("direct", "staged"))),
+    "shrink": _WIDTHS,
+    "grad_s": _WIDTHS,
 }
 
 
 @dataclass(frozen=True)
-class Fact:
-    """One kernel on one architecture."""
+class Kernel:
+    """One kernel on one architecture: its row of facts, and its machine code."""
 
-    architecture: str
-    kernel: str  # "expand orthogonal staged"
-    dtype: str
-    registers: int
-    local: int  # bytes of stack and local memory
-    instructions: int
+    row: facts.Row
     code: sass.Kernel
 
 
@@ -64,47 +61,76 @@ def missing() -> str | None:
     return f"{' and '.join(absent)} not found" if absent else None
 
 
-@cache
-def library() -> Path:
-    """The shared library with CUDA kernels for every architecture; built once."""
-    return build("cuda") / "csrc" / "liblora_ortho.so"
+def compiler() -> str:
+    """The name of the compiler and the version that decides what it makes."""
+    version = re.search(r"release (\d+\.\d+)", output(["nvcc", "--version"]))
+    assert version
+    return f"nvcc {version[1]}"
 
 
-@cache
-def facts() -> tuple[Fact, ...]:
-    """Every kernel on every architecture, in the order of the table."""
-    cuobjdump = tool("cuobjdump") or ""
+def kernels(library: Path) -> list[Kernel]:
+    """Every kernel of a library on every architecture, in the order of the file."""
     with tempfile.TemporaryDirectory() as folder:
-        run([cuobjdump, "--extract-elf", "all", library()], cwd=Path(folder))
-        found = [fact for path in sorted(Path(folder).glob("*.cubin")) for fact in _cubin(path)]
-    return tuple(sorted(found, key=_order))
+        output([tool("cuobjdump") or "", "--extract-elf", "all", library.resolve()], Path(folder))
+        found = [each for path in sorted(Path(folder).glob("*.cubin")) for each in _cubin(path)]
+    return sorted(found, key=_order)
 
 
-def _order(fact: Fact) -> tuple[str, int, str]:
-    return (fact.kernel, ARCHITECTURES.index(fact.architecture), fact.dtype)
+def collect(found: Sequence[Kernel]) -> facts.Facts:
+    """The facts of all kernels."""
+    return facts.Facts(compiler(), [each.row for each in found])
 
 
-def _cubin(path: Path) -> Iterator[Fact]:
-    architecture = re.search(r"sm_\d+a?", path.name)
-    assert architecture
-    usage = run([tool("cuobjdump") or "", "--dump-resource-usage", path])
+def output(command: Sequence[str | Path], folder: Path | None = None) -> str:
+    """What a program prints; CalledProcessError where it fails."""
+    done = subprocess.run(command, cwd=folder, stdout=subprocess.PIPE, text=True, check=True)
+    return done.stdout
+
+
+def _order(each: Kernel) -> tuple[str, str, str, str, int]:
+    row = each.row
+    words = row["kernel"], row["draw"] or "", row["variant"] or "", row["dtype"]
+    return (*words, ARCHITECTURES.index(row["arch"]))
+
+
+def _cubin(path: Path) -> Iterator[Kernel]:
+    arch = re.search(r"sm_\d+a?", path.name)
+    assert arch
+    usage = output([tool("cuobjdump") or "", "--dump-resource-usage", path])
     numbers = dict(re.findall(r"Function (\S+):\s+(REG.*)", usage))
-    for code in sass.kernels(run([tool("nvdisasm") or "", "-c", path])):
+    for code in sass.kernels(output([tool("nvdisasm") or "", "-c", path])):
         name, used = _NAME.search(_MANGLED.sub("", code.name)), numbers[code.name]
         assert name, code.name
-        words = _MEANING.get(name[1], ())
         flags = re.findall(r"Lb([01])E", name[4])
-        chosen = [w if flag == "1" else f"not {w}" for w, flag in zip(words, flags, strict=True)]
+        told = zip(_FLAGS.get(name[1], ()), flags, strict=True)
+        chosen = {key: values[int(flag)] for (key, values), flag in told}
         field = {key: int(value) for key, value in re.findall(r"(\w+):(\d+)", used)}
-        yield Fact(
-            architecture[0],
-            " ".join([name[1], *chosen]),
-            (name[2] or "float32").lower(),
-            field["REG"],
-            field["STACK"] + field["LOCAL"],
-            len(code.code),
-            code,
-        )
+        row = {
+            "kernel": name[1],
+            "variant": chosen.get("variant"),
+            "dtype": (name[2] or "float32").lower(),
+            "draw": chosen.get("draw"),
+            "adapters": None,
+            "rank": None,
+            "arch": arch[0],
+            "registers": field["REG"],
+            "local_bytes": field["STACK"] + field["LOCAL"],
+            "instructions": len(code.code),
+            "instructions_per_element": None,
+            "instructions_per_element_some_unowned": None,
+        }
+        if is_counted(row):
+            loop = expand_loop(code)
+            row["adapters"], row["rank"] = 3, 16
+            row["instructions_per_element"] = loop.per_element(3, owned=True)
+            row["instructions_per_element_some_unowned"] = loop.per_element(3, owned=False)
+        yield Kernel(row, code)
+
+
+def is_counted(row: facts.Row) -> bool:
+    """Whether the loop of a kernel is counted: expand, where a draw is shared and all is staged."""
+    staged = (row["kernel"], row["draw"], row["variant"]) == ("expand", "shared", "staged")
+    return staged and row["dtype"] != "float32"
 
 
 @dataclass(frozen=True)
@@ -115,7 +141,8 @@ class Expand:
         elements: outputs of a thread in one turn.
         fixed: instructions of a turn beside the adapters after the first.
         adapter: instructions of each adapter after the first.
-        skipped: those of ``fixed`` that do not run where the keep probabilities sum to 1.
+        skipped: those of ``fixed`` that do not run where every element has an owner.
+        accesses: the instructions that read base and write y.
     """
 
     elements: int
@@ -124,14 +151,14 @@ class Expand:
     skipped: int
     accesses: tuple[str, ...]
 
-    def per_element(self, adapters: int, *, full: bool) -> float:
-        """Instructions per output element; ``full``: the keep probabilities sum to 1."""
-        total = self.fixed + self.adapter * (adapters - 1) - (self.skipped if full else 0)
+    def per_element(self, adapters: int, *, owned: bool) -> float:
+        """Instructions per output element; ``owned``: every element has an owner."""
+        total = self.fixed + self.adapter * (adapters - 1) - (self.skipped if owned else 0)
         return total / self.elements
 
 
 def expand_loop(code: sass.Kernel) -> Expand:
-    """Counts an orthogonal expand kernel's loop: it is the innermost that stores to memory."""
+    """Counts the innermost loop that stores to memory, where a draw is shared."""
 
     def part(loop: sass.Loop) -> list[str]:
         return code.code[loop.begin : loop.end]
@@ -170,49 +197,16 @@ def _selects(code: sass.Kernel, own: list[int]) -> int:
     return best
 
 
-def table() -> str:
-    """The facts as two Markdown tables."""
-    lines = [
-        "| expand, K = 3, r = 16 | keep probabilities sum to 1 | to less |",
-        "|---|---|---|",
-    ]
-    for fact in facts():
-        if fact.kernel == "expand orthogonal staged" and fact.dtype != "float32":
-            count = expand_loop(fact.code)
-            full, partly = (count.per_element(3, full=full) for full in (True, False))
-            lines.append(f"| {fact.dtype}, {fact.architecture} | {full:.1f} | {partly:.1f} |")
-    lines += [
-        "",
-        "| kernel | dtype | registers: " + ", ".join(ARCHITECTURES) + " | instructions | local |",
-        "|---|---|---|---|---|",
-    ]
-    rows: dict[tuple[str, str], list[Fact]] = {}
-    for fact in facts():
-        rows.setdefault((fact.kernel, fact.dtype), []).append(fact)
-    for (kernel, dtype), each in rows.items():
-        columns = [
-            ", ".join(str(f.registers) for f in each),
-            ", ".join(str(f.instructions) for f in each),
-            ", ".join(sorted({str(f.local) for f in each})),
-        ]
-        lines.append(f"| {kernel} | {dtype} | {' | '.join(columns)} |")
-    return "\n".join(lines) + "\n"
-
-
-def committed() -> str:
-    """The table as docs/cuda_kernels.md has it."""
-    return PAGE.read_text(encoding="utf-8").split(BEGIN)[1].split(END)[0]
-
-
 def main() -> None:
-    """Writes the table into its page."""
+    """Compiles all kernels, and writes their facts and the page."""
     if reason := missing():
         sys.exit(f"no facts: {reason}")
-    text = PAGE.read_text(encoding="utf-8")
-    head, tail = text.split(BEGIN)[0], text.split(END)[1]
-    temporary = PAGE.with_suffix(".tmp")
-    temporary.write_text(head + BEGIN + table() + END + tail, encoding="utf-8")
-    os.replace(temporary, PAGE)
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    for arguments in (["--preset", "cuda", "--fresh"], ["--build", "--preset", "cuda"]):
+        command = ["cmake", *arguments]
+        subprocess.run(command, cwd=facts.ROOT, env={**os.environ, "PATH": path}, check=True)
+    library = facts.ROOT / "build" / "cuda" / "csrc" / "liblora_ortho.so"
+    facts.save("cuda", collect(kernels(library)))
 
 
 if __name__ == "__main__":

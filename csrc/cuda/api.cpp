@@ -22,17 +22,19 @@ const Kernels* kernels_of(std::int32_t dtype) {
 
 // What every function starts with.
 struct Setting {
-    Device device{};
+    Problem problem;
     const Kernels* kernels = nullptr;
 
     Status open(const lora_ortho_factors* factors) {
-        LORA_ORTHO_CHECK(current_device(device));
+        LORA_ORTHO_CHECK(current_device(problem.device));
         LORA_ORTHO_CHECK(check_factor_sizes(factors));
         kernels = kernels_of(factors->dtype);
         if (!kernels) return LORA_ORTHO_BAD_DTYPE;
+        problem.layout = Layout(*factors);
+        problem.draw = draw_of(factors->method);
         // Steps of ranks and groups of columns are counted in 32 bits.
-        const bool fits = Layout(*factors, sizeof(double)).rank_sum <= kMaxRankSum &&
-                          factors->d_in <= LORA_ORTHO_COL_LIMIT;
+        const bool fits =
+            problem.layout.rank_sum <= kMaxRankSum && factors->d_in <= LORA_ORTHO_COL_LIMIT;
         return fits ? LORA_ORTHO_OK : LORA_ORTHO_BAD_SIZE;
     }
     Status open(const lora_ortho_factors* factors, const lora_ortho_cuda_call* call) {
@@ -42,23 +44,20 @@ struct Setting {
         if (call->tokens < 0) return LORA_ORTHO_BAD_SIZE;
         LORA_ORTHO_CHECK(check_coordinates(*call, factors->d_out));
         // Partial sums of s and of gradients, at most kMaxSplits = 64 of each.
-        const std::int64_t ranks = Layout(*factors, sizeof(double)).rank_sum;
         const std::int64_t most = std::max(call->tokens, std::max(factors->d_in, factors->d_out));
         if (!fits(call->tokens, factors->d_in, sizeof(double)) ||
             !fits(call->tokens, factors->d_out, sizeof(double)) ||
-            !fits(most, ranks, 128 * sizeof(double))) {
+            !fits(most, problem.layout.rank_sum, 128 * sizeof(double))) {
             return LORA_ORTHO_BAD_SIZE;
         }
         if (!is_aligned(call->seed_pointer, alignof(std::uint64_t))) return LORA_ORTHO_MISALIGNED;
         return check_pointer(call->gains, alignof(float));
     }
+    Status check_packed(const void* packed, std::size_t bytes) const {
+        LORA_ORTHO_CHECK(check_pointer(packed, LORA_ORTHO_ALIGNMENT));
+        return bytes < problem.layout.bytes() ? LORA_ORTHO_BUFFER_TOO_SMALL : LORA_ORTHO_OK;
+    }
 };
-
-Status check_packed(const lora_ortho_factors& f, const void* packed, std::size_t bytes) {
-    LORA_ORTHO_CHECK(check_pointer(packed, LORA_ORTHO_ALIGNMENT));
-    return bytes < Layout(f, dtype_bytes(f.dtype)).bytes() ? LORA_ORTHO_BUFFER_TOO_SMALL
-                                                           : LORA_ORTHO_OK;
-}
 
 Status check_workspace(const void* workspace, std::size_t bytes, std::size_t needed) {
     if (needed == 0) return LORA_ORTHO_OK;
@@ -86,7 +85,7 @@ lora_ortho_status lora_ortho_cuda_pack_bytes(const lora_ortho_factors* factors, 
         Setting setting;
         LORA_ORTHO_CHECK(setting.open(factors));
         LORA_ORTHO_CHECK(check_pointer(bytes, alignof(std::size_t)));
-        *bytes = Layout(*factors, dtype_bytes(factors->dtype)).bytes();
+        *bytes = setting.problem.layout.bytes();
         return LORA_ORTHO_OK;
     });
 }
@@ -97,8 +96,8 @@ lora_ortho_status lora_ortho_cuda_pack(const lora_ortho_factors* factors, void* 
         Setting setting;
         LORA_ORTHO_CHECK(setting.open(factors));
         LORA_ORTHO_CHECK(check_factor_matrices(*factors));
-        LORA_ORTHO_CHECK(check_packed(*factors, packed, bytes));
-        return setting.kernels->pack(*factors, packed, cuda_stream);
+        LORA_ORTHO_CHECK(setting.check_packed(packed, bytes));
+        return setting.kernels->pack(setting.problem, *factors, packed, cuda_stream);
     });
 }
 
@@ -109,7 +108,7 @@ lora_ortho_status lora_ortho_cuda_forward_bytes(const lora_ortho_factors* factor
         LORA_ORTHO_CHECK(setting.open(factors, call));
         LORA_ORTHO_CHECK(check_pointer(bytes, alignof(std::size_t)));
         *bytes =
-            call->tokens == 0 ? 0 : setting.kernels->forward_bytes(*factors, *call, setting.device);
+            call->tokens == 0 ? 0 : setting.kernels->forward_bytes(setting.problem, call->tokens);
         return LORA_ORTHO_OK;
     });
 }
@@ -123,16 +122,16 @@ lora_ortho_status lora_ortho_cuda_forward(const lora_ortho_factors* factors, con
         Setting setting;
         LORA_ORTHO_CHECK(setting.open(factors, call));
         const lora_ortho_factors& f = *factors;
-        LORA_ORTHO_CHECK(check_packed(f, packed, packed_bytes));
+        LORA_ORTHO_CHECK(setting.check_packed(packed, packed_bytes));
         LORA_ORTHO_CHECK(check_operand(f.dtype, call->tokens, x, f.d_in));
         if (base) LORA_ORTHO_CHECK(check_operand(f.dtype, call->tokens, base, f.d_out));
         if (call->tokens == 0) return LORA_ORTHO_OK;
         LORA_ORTHO_CHECK(check_pointer(y, dtype_bytes(f.dtype)));
         LORA_ORTHO_CHECK(check_pointer(s, dtype_bytes(f.dtype)));
-        LORA_ORTHO_CHECK(check_workspace(workspace, workspace_bytes,
-                                         setting.kernels->forward_bytes(f, *call, setting.device)));
-        return setting.kernels->forward(f, packed, *call, *x, base, y, s, workspace,
-                                        setting.device);
+        LORA_ORTHO_CHECK(
+            check_workspace(workspace, workspace_bytes,
+                            setting.kernels->forward_bytes(setting.problem, call->tokens)));
+        return setting.kernels->forward(setting.problem, packed, *call, *x, base, y, s, workspace);
     });
 }
 
@@ -142,7 +141,7 @@ lora_ortho_status lora_ortho_cuda_backward_bytes(const lora_ortho_factors* facto
         Setting setting;
         LORA_ORTHO_CHECK(setting.open(factors, call));
         LORA_ORTHO_CHECK(check_pointer(bytes, alignof(std::size_t)));
-        *bytes = setting.kernels->backward_bytes(*factors, *call, setting.device);
+        *bytes = setting.kernels->backward_bytes(setting.problem, call->tokens);
         return LORA_ORTHO_OK;
     });
 }
@@ -150,28 +149,30 @@ lora_ortho_status lora_ortho_cuda_backward_bytes(const lora_ortho_factors* facto
 lora_ortho_status lora_ortho_cuda_backward(const lora_ortho_factors* factors, const void* packed,
                                            size_t packed_bytes, const lora_ortho_cuda_call* call,
                                            const lora_ortho_matrix* grad,
-                                           const lora_ortho_matrix* x, const void* s, void* dx,
-                                           void* dA, void* dB, int32_t factor_dtype, float* dgains,
-                                           void* workspace, size_t workspace_bytes) {
+                                           const lora_ortho_matrix* x, const void* s, void* grad_x,
+                                           void* grad_A, void* grad_B, int32_t factor_dtype,
+                                           float* grad_gains, void* workspace,
+                                           size_t workspace_bytes) {
     return guarded([&]() -> Status {
         Setting setting;
         LORA_ORTHO_CHECK(setting.open(factors, call));
         const lora_ortho_factors& f = *factors;
-        LORA_ORTHO_CHECK(check_packed(f, packed, packed_bytes));
+        LORA_ORTHO_CHECK(setting.check_packed(packed, packed_bytes));
         LORA_ORTHO_CHECK(check_operand(f.dtype, call->tokens, grad, f.d_out));
         LORA_ORTHO_CHECK(check_operand(f.dtype, call->tokens, x, f.d_in));
         const std::size_t size = dtype_bytes(factor_dtype);
         if (size == 0) return LORA_ORTHO_BAD_DTYPE;
-        if (!is_aligned(dx, dtype_bytes(f.dtype)) || !is_aligned(dA, size) ||
-            !is_aligned(dB, size) || !is_aligned(dgains, alignof(float))) {
+        if (!is_aligned(grad_x, dtype_bytes(f.dtype)) || !is_aligned(grad_A, size) ||
+            !is_aligned(grad_B, size) || !is_aligned(grad_gains, alignof(float))) {
             return LORA_ORTHO_MISALIGNED;
         }
         if (call->tokens > 0) LORA_ORTHO_CHECK(check_pointer(s, dtype_bytes(f.dtype)));
-        LORA_ORTHO_CHECK(check_workspace(
-            workspace, workspace_bytes, setting.kernels->backward_bytes(f, *call, setting.device)));
-        return setting.kernels->backward(f, packed, *call, *grad, *x, s,
-                                         {dx, dA, dB, dgains, factor_dtype}, workspace,
-                                         setting.device);
+        LORA_ORTHO_CHECK(
+            check_workspace(workspace, workspace_bytes,
+                            setting.kernels->backward_bytes(setting.problem, call->tokens)));
+        return setting.kernels->backward(setting.problem, packed, *call, *grad, *x, s,
+                                         {grad_x, grad_A, grad_B, grad_gains, factor_dtype},
+                                         workspace);
     });
 }
 

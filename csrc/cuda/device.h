@@ -7,6 +7,8 @@
 
 namespace lora_ortho::cuda {
 
+constexpr int kWarp = 32;  // threads
+
 // 16 bytes: one access of a thread to memory.
 struct alignas(16) Quad {
     std::uint32_t word[4];
@@ -22,7 +24,7 @@ struct alignas(8) Pair {
 #else
 
 #define LORA_ORTHO_DEVICE __device__ __forceinline__
-// A kernel of blocks of so many threads, so many of them at once on a multiprocessor at least.
+// A kernel with blocks of `threads` threads, of which at least `blocks` fit on a multiprocessor.
 #define LORA_ORTHO_KERNEL(threads, blocks) __global__ void __launch_bounds__(threads, blocks)
 
 namespace lora_ortho::cuda {

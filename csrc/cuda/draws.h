@@ -1,19 +1,12 @@
 // The draws of eight neighbouring columns, and the masks that follow from them.
 #pragma once
 
+#include "common/draw.h"
+#include "common/place.h"
 #include "cuda/numbers.h"
 #include "lora_ortho/mask_stream.h"
 
 namespace lora_ortho::cuda {
-
-// Where a call stands in the mask stream. The seed is read from device memory where it has a
-// pointer.
-struct Place {
-    const std::uint64_t* seed_pointer;
-    std::uint64_t seed;
-    std::int64_t row_offset, col_offset;
-    std::uint32_t stream, sample;
-};
 
 // Eight draws of 16 bits, column order.
 struct Draws {

@@ -1,11 +1,13 @@
-// y[m, n] = base[m, n] + sum_j gain_j mask_j(m, n) (B_j s_j)[m, n]; also dx = ds A, without masks.
+// expand: y[m, n] = base[m, n] + sum_j gain_j mask_j(m, n) (B_j s_j)[m, n]; also grad_x = grad_s A,
+// without masks.
 //
 // A warp makes 16 rows x 32 columns at a time; thread (g, t) holds eight neighbouring columns of
 // each of its rows, so one call of Philox serves them and all accesses are 16 bytes. The sum of an
-// element starts at base. Orthogonal: nested thresholds from the last adapter down, sum_j = base +
-// product, the last that takes the element stays. Else: sum += product where kept. kFast: base and
-// y allow 16-byte accesses, masks start at a multiple of eight columns, and s (with the gains
-// folded in, for bfloat16) and two stages of factors fit in shared memory.
+// element starts at base. A shared draw: from the last adapter down, sum_j = base + product where
+// the draw is at most the adapter's last; intervals lie in order, so the owner is the last to
+// overwrite. Else: sum += product where kept. kStaged: base and y allow 16-byte accesses, masks
+// start at a multiple of eight columns, and s (with the gains folded in, for bfloat16) and two
+// stages of factors fit in shared memory.
 #pragma once
 
 #include "cuda/expand_operands.h"
@@ -85,17 +87,17 @@ LORA_ORTHO_DEVICE void add_product(const Operands& operands, int j, const Entry&
 }
 
 // Draws of a thread's elements, each in the high half of a word. What lies in the low half changes
-// no comparison with an adapter's limit.
+// no comparison with an adapter's last.
 template <class T>
 struct HighDraws {
     std::uint32_t word[kRowsOfThread<T>][8];
 
-    template <bool kFast>
+    template <bool kStaged>
     LORA_ORTHO_DEVICE void draw(const Stream& stream, const ThreadRows<T>& at, std::uint32_t block,
                                 std::uint32_t lane_set) {
 #pragma unroll
         for (int q = 0; q < kRowsOfThread<T>; ++q) {
-            const Draws draws = stream.template draws<kFast>(
+            const Draws draws = stream.template draws<kStaged>(
                 static_cast<std::uint32_t>(at.row) + 8 * q, block, lane_set);
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
@@ -109,13 +111,13 @@ struct HighDraws {
 
 // y = sum where the adapter takes the element, else `other`.
 template <class T>
-LORA_ORTHO_DEVICE void select(const HighDraws<T>& draws, std::uint32_t limit,
-                              const Elements<T>& sum, const Elements<T>& other, Elements<T>& y) {
+LORA_ORTHO_DEVICE void select(const HighDraws<T>& draws, std::uint32_t last, const Elements<T>& sum,
+                              const Elements<T>& other, Elements<T>& y) {
 #pragma unroll
     for (int q = 0; q < kRowsOfThread<T>; ++q) {
 #pragma unroll
         for (int e = 0; e < 8; ++e) {
-            y[q][e] = draws.word[q][e] <= limit ? sum[q][e] : other[q][e];
+            y[q][e] = draws.word[q][e] <= last ? sum[q][e] : other[q][e];
         }
     }
 }
@@ -123,28 +125,28 @@ LORA_ORTHO_DEVICE void select(const HighDraws<T>& draws, std::uint32_t limit,
 constexpr std::uint32_t kEveryDraw = 0xffffffffu;
 
 // At most one adapter on each element.
-template <class T, bool kFast, class Operands>
+template <class T, bool kStaged, class Operands>
 LORA_ORTHO_DEVICE void add_owner(const ExpandArguments<T>& p, const Stream& stream,
                                  const Operands& operands, const ThreadRows<T>& at,
                                  std::uint32_t block, const Elements<T>& base, Elements<T>& y) {
     HighDraws<T> draws;
-    draws.template draw<kFast>(stream, at, block, 0);
+    draws.template draw<kStaged>(stream, at, block, 0);
     int j = p.adapter_count - 1;
-    const Entry last = operands.entry(j);
-    add_product<T>(operands, j, last, base, y);
+    const Entry final_entry = operands.entry(j);
+    add_product<T>(operands, j, final_entry, base, y);
     // Where the keep probabilities sum to 1, the last adapter takes what the others leave.
-    if (last.limit != kEveryDraw) select<T>(draws, last.limit, y, base, y);
+    if (final_entry.last != kEveryDraw) select<T>(draws, final_entry.last, y, base, y);
 #pragma unroll 1
     for (--j; j >= 0; --j) {
         const Entry entry = operands.entry(j);
         Elements<T> sum;
         add_product<T>(operands, j, entry, base, sum);
-        select<T>(draws, entry.limit, sum, y, y);
+        select<T>(draws, entry.last, sum, y, y);
     }
 }
 
 // Every adapter that keeps the element, or all of them.
-template <class T, bool kFast, class Operands>
+template <class T, bool kStaged, class Operands>
 LORA_ORTHO_DEVICE void add_kept(const ExpandArguments<T>& p, const Stream& stream,
                                 const Operands& operands, const ThreadRows<T>& at,
                                 std::uint32_t block, const Elements<T>& base, Elements<T>& y) {
@@ -156,28 +158,28 @@ LORA_ORTHO_DEVICE void add_kept(const ExpandArguments<T>& p, const Stream& strea
 #pragma unroll 1
     for (int j = 0; j < p.adapter_count; ++j) {
         const Entry entry = operands.entry(j);
-        if (p.draw == 0 || entry.limit == kEveryDraw) {
+        if (p.draw == Draw::kNone || entry.last == kEveryDraw) {
             add_product<T>(operands, j, entry, y, y);
             continue;
         }
         HighDraws<T> draws;
-        draws.template draw<kFast>(stream, at, block, static_cast<std::uint32_t>(j));
+        draws.template draw<kStaged>(stream, at, block, static_cast<std::uint32_t>(j));
         Elements<T> sum;
         add_product<T>(operands, j, entry, y, sum);
-        select<T>(draws, entry.limit, sum, y, y);
+        select<T>(draws, entry.last, sum, y, y);
     }
 }
 
 // Columns 8 block .. 8 block + 7 of base in all rows of the thread; zeros where there is none.
-template <class T, bool kFast>
+template <class T, bool kStaged>
 LORA_ORTHO_DEVICE void load_base(const ExpandArguments<T>& p, const ThreadRows<T>& at,
                                  std::uint32_t block, Elements<T>& base) {
-    const T* from = at.base + (kFast ? static_cast<std::int64_t>(block) * 8 : 0);
+    const T* from = at.base + (kStaged ? static_cast<std::int64_t>(block) * 8 : 0);
 #pragma unroll
     for (int q = 0; q < kRowsOfThread<T>; ++q) {
         const bool wanted = 8 * q < at.base_left && block < at.blocks;
         Eight<T> eight;
-        if (kFast) {
+        if (kStaged) {
             eight = load_eight(from, wanted);
             from += at.base_step;
         } else {
@@ -194,7 +196,7 @@ LORA_ORTHO_DEVICE void load_base(const ExpandArguments<T>& p, const ThreadRows<T
 }
 
 // Rounds and stores them.
-template <class T, bool kFast>
+template <class T, bool kStaged>
 LORA_ORTHO_DEVICE void store_y(const ExpandArguments<T>& p, const ThreadRows<T>& at,
                                std::uint32_t block, const Elements<T>& y) {
     const std::int64_t col = static_cast<std::int64_t>(block) * 8;
@@ -202,7 +204,7 @@ LORA_ORTHO_DEVICE void store_y(const ExpandArguments<T>& p, const ThreadRows<T>&
 #pragma unroll
     for (int q = 0; q < kRowsOfThread<T>; ++q) {
         const bool wanted = 8 * q < at.left && block < at.blocks;
-        if (kFast) {
+        if (kStaged) {
             Eight<T> out;
             out.set(y[q]);
             store_eight(to, out, wanted);
@@ -217,22 +219,22 @@ LORA_ORTHO_DEVICE void store_y(const ExpandArguments<T>& p, const ThreadRows<T>&
 }
 
 // One block of eight columns in all rows of the thread.
-template <class T, bool kOrthogonal, bool kFast, class Operands>
+template <class T, bool kSharedDraw, bool kStaged, class Operands>
 LORA_ORTHO_DEVICE void expand_block(const ExpandArguments<T>& p, const Stream& stream,
                                     const Operands& operands, const ThreadRows<T>& at,
                                     std::uint32_t block) {
     Elements<T> base, y;
-    load_base<T, kFast>(p, at, block, base);
-    if (kOrthogonal) {
-        add_owner<T, kFast>(p, stream, operands, at, block, base, y);
+    load_base<T, kStaged>(p, at, block, base);
+    if (kSharedDraw) {
+        add_owner<T, kStaged>(p, stream, operands, at, block, base, y);
     } else {
-        add_kept<T, kFast>(p, stream, operands, at, block, base, y);
+        add_kept<T, kStaged>(p, stream, operands, at, block, base, y);
     }
-    store_y<T, kFast>(p, at, block, y);
+    store_y<T, kStaged>(p, at, block, y);
 }
 
-template <class T, bool kOrthogonal, bool kFast>
-LORA_ORTHO_KERNEL(kExpandThreads, 4)
+template <class T, bool kSharedDraw, bool kStaged>
+LORA_ORTHO_KERNEL(kExpandThreads, kExpandBlocks)
 expand_kernel(const ExpandArguments<T> p) {
     const int warp = thread_index() >> 5, lane = thread_index() & 31;
     const int g = lane >> 2, t = lane & 3;
@@ -247,7 +249,7 @@ expand_kernel(const ExpandArguments<T> p) {
     const Stream stream(p.place);
     const ThreadRows<T> at(p, block_row + row_warp * kWarpRows<T> + g);
 
-    if constexpr (kFast) {
+    if constexpr (kStaged) {
         const Shared shared = shared_memory();
         const ExpandShared l = ExpandShared::make(p);
         int stage = l.factors;
@@ -270,7 +272,7 @@ expand_kernel(const ExpandArguments<T> p) {
 #pragma unroll 1
             for (int i = col_warp; i < here; i += col_warps) {
                 operands.factors = stage + i * group_bytes + 16 * lane;
-                expand_block<T, kOrthogonal, true>(p, stream, operands, at,
+                expand_block<T, kSharedDraw, true>(p, stream, operands, at,
                                                    static_cast<std::uint32_t>(4 * (group + i) + t));
             }
             stage = other;
@@ -287,7 +289,7 @@ expand_kernel(const ExpandArguments<T> p) {
             operands.factors = p.factors +
                                static_cast<std::int64_t>(group) * p.steps * kColumnBlock +
                                lane * kLaneElements;
-            expand_block<T, kOrthogonal, false>(p, stream, operands, at,
+            expand_block<T, kSharedDraw, false>(p, stream, operands, at,
                                                 static_cast<std::uint32_t>(4 * group + t));
         }
     }

@@ -2,31 +2,21 @@
 #pragma once
 
 #include "cuda/draws.h"
-#include "cuda/view.h"
+#include "cuda/launch_config.h"
 
 namespace lora_ortho::cuda {
-
-constexpr int kExpandThreads = 64, kExpandWarps = kExpandThreads / kWarp;
-// Of a warp, 16 rows each.
-template <class T>
-constexpr int kRowTiles = sizeof(T) == 4 ? 1 : 2;
-template <class T>
-constexpr int kWarpRows = 16 * kRowTiles<T>;
-template <class T>
-constexpr int kRowsOfThread = 2 * kRowTiles<T>;
-constexpr int kEntryBytes = 16;  // of an adapter in shared memory
 
 template <class T>
 struct ExpandArguments {
     const Adapter* adapters;
     const T* factors;  // section B_columns or A_columns
     std::int32_t adapter_count;
-    std::int32_t draw;  // 0 nothing, 1 once, 2 for every adapter
+    Draw draw;
     std::int32_t steps;
     const float* gains;   // null: ones
     T* s;                 // [rows][rank_sum]; written where `partial` is not null
     std::int32_t wide_s;  // four neighbours of s may be read at once where they start at a multiple
-    const float* partial;  // [splits][rows][rank_sum]; null unless kFast
+    const float* partial;  // [splits][rows][rank_sum]; null unless kStaged
     std::int32_t splits;
     std::int32_t row_warps;  // warps of a block that take different rows: 1 or 2
     std::int64_t rows, cols, rank_sum;
@@ -38,7 +28,7 @@ struct ExpandArguments {
     Place place;
 };
 
-// Byte offsets in the shared memory of kFast; adapters' entries come first.
+// Byte offsets in the shared memory of kStaged; adapters' entries come first.
 struct ExpandShared {
     int s, factors, stage_bytes;
 
@@ -55,7 +45,7 @@ struct ExpandShared {
 
 // What the sum over adapters needs to know of one of them.
 struct Entry {
-    std::uint32_t limit;  // of a draw in the high half of a word
+    std::uint32_t last;  // draw, in the high half of a word of which the low half is ones
     float gain;
     int begin, end;  // steps
 };
@@ -79,11 +69,11 @@ LORA_ORTHO_DEVICE T s_element(const ExpandArguments<T>& p, std::int64_t row, std
 }
 
 // Ranks k .. k + 3 of adapter `a` in a row of s, gain folded in; zeros beyond its rank.
-template <class T, bool kFast>
+template <class T, bool kStaged>
 LORA_ORTHO_DEVICE FourOf<T> s_four(const ExpandArguments<T>& p, const Adapter& a, float gain,
                                    std::int64_t row, std::int64_t k) {
     FourOf<T> out;
-    if (kFast && !p.partial && k + 4 <= a.rank && p.wide_s && (a.begin | p.rank_sum) % 4 == 0) {
+    if (kStaged && !p.partial && k + 4 <= a.rank && p.wide_s && (a.begin | p.rank_sum) % 4 == 0) {
         const T* from = p.s + row * p.rank_sum + a.begin + k;
 #pragma unroll
         for (int w = 0; w < FourOf<T>::kWords / 2; ++w) {
@@ -97,7 +87,8 @@ LORA_ORTHO_DEVICE FourOf<T> s_four(const ExpandArguments<T>& p, const Adapter& a
         for (int e = 0; e < 4; ++e) {
             if (k + e >= a.rank) continue;
             const std::int64_t col = a.begin + k + e;
-            out.set_bits(e, raw_bits(kFast ? s_element(p, row, col) : p.s[row * p.rank_sum + col]));
+            out.set_bits(e,
+                         raw_bits(kStaged ? s_element(p, row, col) : p.s[row * p.rank_sum + col]));
         }
     }
     if constexpr (kFoldGain<T>) {
@@ -162,7 +153,7 @@ struct DirectOperands {
     int t;
 
     LORA_ORTHO_DEVICE Entry entry(int j) const {
-        return {(p.adapters[j].limit << 16) | 0xffffu, p.gains ? p.gains[j] : 1.0f,
+        return {(p.adapters[j].interval.last << 16) | 0xffffu, p.gains ? p.gains[j] : 1.0f,
                 static_cast<int>(p.adapters[j].step), static_cast<int>(p.adapters[j + 1].step)};
     }
     LORA_ORTHO_DEVICE Left<T> left(int j, const Entry& entry, int step, int m) const {
@@ -184,9 +175,10 @@ template <class T>
 LORA_ORTHO_DEVICE void stage_entries(const ExpandArguments<T>& p, Shared shared) {
     for (int j = thread_index(); j < p.adapter_count; j += kExpandThreads) {
         const float gain = p.gains ? p.gains[j] : 1.0f;
-        shared.store_quad(kEntryBytes * j, {{(p.adapters[j].limit << 16) | 0xffffu, as_bits(gain),
-                                             static_cast<std::uint32_t>(p.adapters[j].step),
-                                             static_cast<std::uint32_t>(p.adapters[j + 1].step)}});
+        shared.store_quad(kEntryBytes * j,
+                          {{(p.adapters[j].interval.last << 16) | 0xffffu, as_bits(gain),
+                            static_cast<std::uint32_t>(p.adapters[j].step),
+                            static_cast<std::uint32_t>(p.adapters[j + 1].step)}});
     }
 }
 

@@ -21,8 +21,10 @@ Status launch(void (*kernel)(const Arguments), std::int64_t blocks, int threads,
             cudaSuccess) {
         return LORA_ORTHO_CUDA_ERROR;
     }
+    // clang-format off: it does not know <<< >>>
     kernel<<<static_cast<unsigned>(blocks), threads, static_cast<std::size_t>(shared_bytes),
-             static_cast<cudaStream_t>(stream)> > >(arguments);
+             static_cast<cudaStream_t>(stream)>>>(arguments);
+    // clang-format on
     return cudaGetLastError() == cudaSuccess ? LORA_ORTHO_OK : LORA_ORTHO_CUDA_ERROR;
 }
 

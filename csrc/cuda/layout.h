@@ -3,15 +3,16 @@
 //   tiles      [tiles] Tile: which ranks of s a tile of eight holds
 //   A_rows     A as right operand of shrink            [tiles][groups of d_in][8 ranks][32]
 //   B_columns  B as right operand of expand            [groups of d_out][steps] of kColumnBlock
-//   B_rows     B transposed, likewise, for ds          [tiles][groups of d_out][8 ranks][32]
-//   A_columns  A transposed, likewise, for dx          [groups of d_in][steps] of kColumnBlock
+//   B_rows     B transposed, likewise, for grad_s      [tiles][groups of d_out][8 ranks][32]
+//   A_columns  A transposed, likewise, for grad_x      [groups of d_in][steps] of kColumnBlock
 // What is padded holds zeros. A step is 16 ranks of one adapter; a group 32 columns.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
 
-#include "lora_ortho/lora_ortho.h"
+#include "common/checks.h"
+#include "common/draw.h"
 
 #if defined(__CUDACC__)
 #define LORA_ORTHO_BOTH __host__ __device__ constexpr
@@ -26,8 +27,7 @@ constexpr int kGroup = 32;  // columns of one group: four threads with eight nei
 constexpr int kTile = 8;    // ranks of one tile of s
 
 struct Adapter {
-    std::uint32_t lower,
-        limit;                 // owner of a draw u: lower <= u <= limit (lower 0: dropout, direct)
+    Interval interval;         // of the draws with which it has an element
     std::int64_t rank, begin;  // columns begin .. begin + rank of s are its
     std::int64_t step, tile;   // the first of its steps and tiles
 };
@@ -44,21 +44,23 @@ LORA_ORTHO_BOTH std::int64_t round_up(std::int64_t a, std::int64_t b) { return c
 
 enum Section { kAdapters, kTiles, kARows, kBColumns, kBRows, kAColumns, kSections };
 
-// Sizes and byte offsets, from the factors' sizes alone: host and device agree without a copy.
+// Sizes and byte offsets, from the factors' sizes alone: host and device agree without a copy. Made
+// once a call.
 struct Layout {
-    std::int32_t adapters;
-    std::int64_t d_in, d_out, rank_sum, steps, tiles, in_groups, out_groups;
-    std::size_t section[kSections + 1];
+    std::int32_t adapters = 0;
+    std::int64_t d_in = 0, d_out = 0, rank_sum = 0, steps = 0, tiles = 0;
+    std::int64_t in_groups = 0, out_groups = 0;
+    std::size_t section[kSections + 1] = {};
 
-    Layout(const lora_ortho_factors& f, std::size_t element)
+    Layout() = default;
+    // Of checked factors.
+    explicit Layout(const lora_ortho_factors& f)
         : adapters(f.adapters),
           d_in(f.d_in),
           d_out(f.d_out),
-          rank_sum(0),
-          steps(0),
-          tiles(0),
           in_groups(ceil_div(f.d_in, kGroup)),
           out_groups(ceil_div(f.d_out, kGroup)) {
+        const std::size_t element = dtype_bytes(f.dtype);
         for (std::int32_t j = 0; j < adapters; ++j) {
             rank_sum += f.ranks[j];
             steps += ceil_div(f.ranks[j], kStep);
@@ -75,7 +77,6 @@ struct Layout {
             columns * out,
             rows * out,
             columns * in};
-        section[0] = 0;
         for (int i = 0; i < kSections; ++i) {
             section[i + 1] = (section[i] + bytes[i] + 255) / 256 * 256;
         }

@@ -16,8 +16,6 @@ struct Float16 {
 };
 using Float32 = float;
 
-constexpr int kWarp = 32;
-
 LORA_ORTHO_DEVICE float to_float(BFloat16 x) {
     return as_float(static_cast<std::uint32_t>(x.bits) << 16);
 }

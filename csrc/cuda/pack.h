@@ -1,11 +1,9 @@
 // Factors of any dtype and layout into the sections of layout.h, one launch for each adapter.
 #pragma once
 
-#include "cuda/view.h"
+#include "cuda/launch_config.h"
 
 namespace lora_ortho::cuda {
-
-constexpr int kPackThreads = 128;
 
 template <class T>
 struct PackArguments {
@@ -36,7 +34,7 @@ LORA_ORTHO_DEVICE float rank_element(const lora_ortho_matrix& m, bool is_A, std:
 }
 
 template <class T>
-LORA_ORTHO_KERNEL(kPackThreads, 2)
+LORA_ORTHO_KERNEL(kPackThreads, kPackBlocks)
 pack_kernel(const PackArguments<T> p) {
     const Adapter& a = p.adapter;
     const std::int64_t start = block_index() * kPackThreads + thread_index();
@@ -45,7 +43,7 @@ pack_kernel(const PackArguments<T> p) {
     if (start == 0) {
         p.adapters[p.index] = a;
         // The ends, until the next adapter overwrites them.
-        p.adapters[p.index + 1] = {0, 0, 0, a.begin + a.rank, a.step + steps, a.tile + tiles};
+        p.adapters[p.index + 1] = {{0, 0}, 0, a.begin + a.rank, a.step + steps, a.tile + tiles};
     }
     for (std::int64_t i = start; i < tiles; i += stride) {
         const std::int64_t left = a.rank - i * kTile;

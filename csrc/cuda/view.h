@@ -23,12 +23,13 @@ struct View {
     std::int64_t row_stride, col_stride;
 
     LORA_ORTHO_DEVICE const T* row(std::int64_t i) const { return data + i * row_stride; }
-    // Elements (i, j) .. (i, j + 7); zeros from column `cols` on.
-    template <bool kFast>
+    // Elements (i, j) .. (i, j + 7); zeros from column `cols` on. kWide: one 16-byte access of
+    // narrow elements, two of wide ones.
+    template <bool kWide>
     LORA_ORTHO_DEVICE Eight<T> eight(std::int64_t i, std::int64_t j, std::int64_t cols) const {
         Eight<T> out;
         out.clear();
-        if (kFast) {
+        if (kWide) {
             if (j < cols) out = load_eight(row(i) + j);
         } else {
             const T* at = row(i) + j * col_stride;

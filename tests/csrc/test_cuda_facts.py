@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import ctypes
 import re
-from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
 
+import facts
 import pytest
 from cuda_facts import (
     ARCHITECTURES,
-    Fact,
-    committed,
+    Kernel,
+    collect,
+    compiler,
     expand_loop,
-    facts,
-    library,
+    is_counted,
+    kernels,
     missing,
-    table,
+    output,
     tool,
 )
-from native import run
+from native import build
 
 BUDGET = 14.0  # instructions per output element
 
@@ -29,55 +32,63 @@ def _compiled() -> None:
         pytest.skip(f"compile-time facts of the CUDA kernels: {reason}")
 
 
-def staged(dtype: str) -> Iterator[Fact]:
-    """The forward kernel on the layouts that allow the widest accesses, on every architecture."""
-    for fact in facts():
-        if fact.kernel == "expand orthogonal staged" and fact.dtype == dtype:
-            yield fact
+@cache
+def library() -> Path:
+    """The shared library with CUDA kernels for every architecture; built once."""
+    return build("cuda") / "csrc" / "liblora_ortho.so"
+
+
+@cache
+def compiled() -> tuple[Kernel, ...]:
+    return tuple(kernels(library()))
+
+
+def staged(dtype: str) -> list[Kernel]:
+    """expand on the layouts that allow the widest accesses, on every architecture."""
+    found = [each for each in compiled() if is_counted(each.row) and each.row["dtype"] == dtype]
+    assert [each.row["arch"] for each in found] == [*ARCHITECTURES]
+    return found
 
 
 def test_every_architecture_and_ptx() -> None:
     """Warnings are errors in this build."""
-    kernels = {fact.architecture: set[tuple[str, str]]() for fact in facts()}
-    for fact in facts():
-        kernels[fact.architecture].add((fact.kernel, fact.dtype))
-    assert set(kernels) == set(ARCHITECTURES)
-    assert len({frozenset(names) for names in kernels.values()}) == 1
-    ptx = run([tool("cuobjdump") or "", "--list-ptx", library()])
+    found: dict[str, set[tuple[str, ...]]] = {}
+    for each in compiled():
+        names = tuple(str(each.row[key]) for key in ("kernel", "draw", "variant", "dtype"))
+        found.setdefault(each.row["arch"], set()).add(names)
+    assert set(found) == set(ARCHITECTURES)
+    assert len({frozenset(names) for names in found.values()}) == 1
+    ptx = output([tool("cuobjdump") or "", "--list-ptx", library()])
     assert len(re.findall(r"\.sm_80\.ptx", ptx)) >= 3
 
 
 def test_nothing_spills() -> None:
-    assert {(f.kernel, f.dtype, f.architecture): f.local for f in facts() if f.local} == {}
-    spills = [f for f in facts() if any(re.search(r"\b(LDL|STL)\b", x) for x in f.code.code)]
-    assert not spills
+    assert [each.row for each in compiled() if each.row["local_bytes"]] == []
+    spills = re.compile(r"\b(LDL|STL)\b")
+    assert [each.row for each in compiled() if any(spills.search(x) for x in each.code.code)] == []
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_accesses_are_16_bytes(dtype: str) -> None:
-    for fact in staged(dtype):
-        accesses = expand_loop(fact.code).accesses
-        assert len(accesses) == 8, (fact.architecture, accesses)  # base and y of four rows
-        assert all(".128" in access for access in accesses), (fact.architecture, accesses)
+    for each in staged(dtype):
+        accesses = expand_loop(each.code).accesses
+        assert len(accesses) == 8, (each.row, accesses)  # base and y of four rows
+        assert all(".128" in access for access in accesses), (each.row, accesses)
 
 
 def test_instruction_budget() -> None:
-    for fact in staged("bfloat16"):
-        loop = expand_loop(fact.code)
-        assert loop.elements == 32
-        count = loop.per_element(3, full=True)
-        print(
-            f"{fact.architecture}: {count:.2f} instructions per element, {fact.registers} registers"
-        )
-        assert count <= BUDGET, (fact.architecture, count)
+    for each in staged("bfloat16"):
+        assert expand_loop(each.code).elements == 32
+        count = each.row["instructions_per_element"]
+        print(f"{each.row['arch']}: {count} instructions per element")
+        assert count <= BUDGET, each.row
 
 
-def test_the_committed_table_is_what_the_compiler_says() -> None:
-    version = re.search(r"release (\d+\.\d+)", run(["nvcc", "--version"]))
-    assert version
-    if version[1] != "13.0":
-        pytest.skip(f"the committed table was made with nvcc 13.0, this is {version[1]}")
-    assert committed() == table()
+def test_the_committed_facts_are_what_the_compiler_says() -> None:
+    committed = facts.read("cuda").compiler
+    if compiler() != committed:
+        pytest.skip(f"the committed facts are those of {committed}, this is {compiler()}")
+    assert collect(compiled()).text() == facts.path("cuda").read_text(encoding="utf-8")
 
 
 def test_the_library_loads_without_a_driver() -> None:

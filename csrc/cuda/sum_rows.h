@@ -1,5 +1,5 @@
-// out[n, r] = gain_j sum_m mask(m, n; j) x[m, n] s[m, r], j the adapter of rank r: dB = (m (.) g)^T
-// s, and dA^T = x^T ds where nothing is masked.
+// out[n, r] = gain_j sum_m mask(m, n; j) x[m, n] s[m, r], j the adapter of rank r: grad_B =
+// (mask (.) grad)^T s, and grad_A^T = x^T grad_s where nothing is masked.
 //
 // A block owns 32 columns, at most kTilesAtOnce tiles of ranks and a share of the rows; each of its
 // warps takes 32 rows at a time through a part of shared memory of its own, which turns x, the
@@ -7,36 +7,14 @@
 // order.
 #pragma once
 
-#include "cuda/shrink.h"
+#include "cuda/draws.h"
+#include "cuda/launch_config.h"
+#include "cuda/target.h"
 
 namespace lora_ortho::cuda {
 
-constexpr int kReduceThreads = 128, kReduceRows = 32;
-
-struct Target {
-    void* data;
-    std::int32_t dtype;  // lora_ortho_dtype
-    // Element (n, rank k of adapter a): flat * (a.begin * cols + n * a.rank + k)
-    //                                   + (1 - flat) * ((a.begin + k) * cols + n)
-    std::int32_t flat;
-};
-
-// Stores a float in any dtype.
-LORA_ORTHO_DEVICE void store_any(void* data, std::int32_t dtype, std::int64_t at, float value) {
-    switch (dtype) {
-        case LORA_ORTHO_FLOAT32: static_cast<float*>(data)[at] = value; break;
-        case LORA_ORTHO_BFLOAT16:
-            static_cast<BFloat16*>(data)[at] = from_float<BFloat16>(value);
-            break;
-        case LORA_ORTHO_FLOAT16:
-            static_cast<Float16*>(data)[at] = from_float<Float16>(value);
-            break;
-        default: static_cast<double*>(data)[at] = value;
-    }
-}
-
 template <class T>
-struct ReduceArguments {
+struct SumRowsArguments {
     const Adapter* adapters;
     const Tile* tiles;
     View<T> x;           // (rows, cols)
@@ -45,8 +23,8 @@ struct ReduceArguments {
     std::int64_t rows, cols, rank_sum, tile_count;
     std::uint32_t col_blocks, panels;  // blocks: col_blocks * panels * splits, columns fastest
     std::int32_t splits;
-    std::int32_t draw;  // 0 nothing, 1 once, 2 for every adapter
-    std::int32_t fast;  // x allows 16-byte accesses and cols is a multiple of eight
+    Draw draw;
+    std::int32_t wide;  // x may be read 16 bytes at a time
     Place place;
     float* partial;  // [splits][rank_sum * cols] in the order of the target, or null
     Target target;
@@ -54,16 +32,17 @@ struct ReduceArguments {
 
 // One warp's part of shared memory, in elements of T but for the draws: all turned round.
 template <class T>
-struct ReduceShared {
-    static constexpr int kPitch = kReduceRows + 4;
+struct SumRowsShared {
+    static constexpr int kPitch = kSumRowsRows + 4;
     static constexpr int kX = 0;
     static constexpr int kS = kGroup * kPitch * static_cast<int>(sizeof(T));
     static constexpr int kDraws =
         kS + kTilesAtOnce<T> * kTile * kPitch * static_cast<int>(sizeof(T));
     static constexpr int kWarpBytes = (kDraws + kGroup * kPitch * 2 + 15) / 16 * 16;
     static constexpr int kSumBytes =
-        4 * kGroup * kTile * kTilesAtOnce<T> * static_cast<int>(sizeof(float));
-    static constexpr int kBytes = 4 * kWarpBytes > kSumBytes ? 4 * kWarpBytes : kSumBytes;
+        kSumRowsWarps * kGroup * kTile * kTilesAtOnce<T> * static_cast<int>(sizeof(float));
+    static constexpr int kBytes =
+        kSumRowsWarps * kWarpBytes > kSumBytes ? kSumRowsWarps * kWarpBytes : kSumBytes;
 };
 
 // Element i (0 .. N - 1) of words in shared memory.
@@ -90,16 +69,16 @@ LORA_ORTHO_DEVICE void store_bits(Shared shared, int byte, std::uint32_t bits) {
 
 // 32 rows of x, turned; columns from 8t on, rows 8 apart from g on. Zeros beyond the matrix.
 template <class T>
-LORA_ORTHO_DEVICE void turn_x(const ReduceArguments<T>& p, Shared shared, int warp_at,
+LORA_ORTHO_DEVICE void turn_x(const SumRowsArguments<T>& p, Shared shared, int warp_at,
                               std::int64_t row0, std::int64_t col0, int g, int t) {
-    using L = ReduceShared<T>;
+    using L = SumRowsShared<T>;
 #pragma unroll
     for (int q = 0; q < 4; ++q) {
         const int row = 8 * q + g;
         Eight<T> x;
         x.clear();
         if (row0 + row < p.rows) {
-            x = p.fast ? p.x.template eight<true>(row0 + row, col0 + 8 * t, p.cols)
+            x = p.wide ? p.x.template eight<true>(row0 + row, col0 + 8 * t, p.cols)
                        : p.x.template eight<false>(row0 + row, col0 + 8 * t, p.cols);
         }
 #pragma unroll
@@ -117,7 +96,7 @@ template <class T>
 LORA_ORTHO_DEVICE void turn_draws(const Stream& stream, Shared shared, int warp_at,
                                   std::int64_t row0, std::int64_t col0, int g, int t,
                                   std::uint32_t lane_set) {
-    using L = ReduceShared<T>;
+    using L = SumRowsShared<T>;
 #pragma unroll
     for (int q = 0; q < 4; ++q) {
         const int row = 8 * q + g;
@@ -133,9 +112,9 @@ LORA_ORTHO_DEVICE void turn_draws(const Stream& stream, Shared shared, int warp_
 
 // 32 rows of the panel's ranks of s, turned: each lane eight rows of one rank of every tile.
 template <class T>
-LORA_ORTHO_DEVICE void turn_s(const ReduceArguments<T>& p, Shared shared, int warp_at,
+LORA_ORTHO_DEVICE void turn_s(const SumRowsArguments<T>& p, Shared shared, int warp_at,
                               std::int64_t row0, std::int64_t first_tile, int tiles, int lane) {
-    using L = ReduceShared<T>;
+    using L = SumRowsShared<T>;
     const int rank = lane % kTile;
     for (int i = 0; i < tiles; ++i) {
         const Tile tile = p.tiles[first_tile + i];
@@ -155,13 +134,13 @@ LORA_ORTHO_DEVICE void turn_s(const ReduceArguments<T>& p, Shared shared, int wa
 
 // Four rows of one column, zero where the adapter does not own the element.
 template <class T>
-LORA_ORTHO_DEVICE FourOf<T> masked_column(Shared shared, int warp_at, int col, int row, bool draw,
-                                          std::uint32_t lower, std::uint32_t span) {
-    using L = ReduceShared<T>;
+LORA_ORTHO_DEVICE FourOf<T> masked_column(Shared shared, int warp_at, int col, int row, Draw draw,
+                                          std::uint32_t first, std::uint32_t span) {
+    using L = SumRowsShared<T>;
     constexpr int kPer = Word<T>::kElements;
     FourOf<T> x =
         load_run<T, 4>(shared, warp_at + L::kX + (col * L::kPitch + row) * int(sizeof(T)));
-    if (!draw) return x;
+    if (draw == Draw::kNone) return x;
     const Pair draws = shared.load_pair(warp_at + L::kDraws + (col * L::kPitch + row) * 2);
 #pragma unroll
     for (int w = 0; w < FourOf<T>::kWords; ++w) {
@@ -170,7 +149,7 @@ LORA_ORTHO_DEVICE FourOf<T> masked_column(Shared shared, int warp_at, int col, i
         for (int k = 0; k < kPer; ++k) {
             const int e = w * kPer + k;
             const std::uint32_t word = draws.word[e / 2];
-            keep[k] = (e % 2 == 0 ? word & 0xffffu : word >> 16) - lower <= span;
+            keep[k] = (e % 2 == 0 ? word & 0xffffu : word >> 16) - first <= span;
         }
         x.word[w] = Word<T>::masked(x.word[w], keep);
     }
@@ -178,9 +157,9 @@ LORA_ORTHO_DEVICE FourOf<T> masked_column(Shared shared, int warp_at, int col, i
 }
 
 template <class T>
-LORA_ORTHO_KERNEL(kReduceThreads, 2)
-reduce_kernel(const ReduceArguments<T> p) {
-    using L = ReduceShared<T>;
+LORA_ORTHO_KERNEL(kSumRowsThreads, kSumRowsBlocks)
+grad_factor_kernel(const SumRowsArguments<T> p) {
+    using L = SumRowsShared<T>;
     constexpr int kTiles = kTilesAtOnce<T>;
     const Shared shared = shared_memory();
     const int warp = thread_index() >> 5, lane = thread_index() & 31;
@@ -195,12 +174,12 @@ reduce_kernel(const ReduceArguments<T> p) {
     const Stream stream(p.place);
 
     Four sum[2][kTiles] = {};
-    for (std::int64_t row0 = (split * 4 + warp) * kReduceRows; row0 < p.rows;
-         row0 += static_cast<std::int64_t>(4 * p.splits) * kReduceRows) {
+    for (std::int64_t row0 = (split * kSumRowsWarps + warp) * kSumRowsRows; row0 < p.rows;
+         row0 += static_cast<std::int64_t>(kSumRowsWarps * p.splits) * kSumRowsRows) {
         sync_warp();
         turn_x(p, shared, warp_at, row0, col0, g, t);
         turn_s(p, shared, warp_at, row0, first_tile, tiles, lane);
-        if (p.draw == 1) turn_draws<T>(stream, shared, warp_at, row0, col0, g, t, 0);
+        if (p.draw == Draw::kShared) turn_draws<T>(stream, shared, warp_at, row0, col0, g, t, 0);
         sync_warp();
         std::int32_t adapter = -1;
         FourOf<T> x[2][2][2];  // column tile, half of the rows, upper or lower columns
@@ -210,19 +189,19 @@ reduce_kernel(const ReduceArguments<T> p) {
             const std::int32_t wanted = p.tiles[first_tile + i].adapter;
             if (wanted != adapter) {
                 adapter = wanted;
-                if (p.draw == 2) {
+                if (p.draw == Draw::kOwn) {
                     sync_warp();
                     turn_draws<T>(stream, shared, warp_at, row0, col0, g, t,
                                   static_cast<std::uint32_t>(adapter));
                     sync_warp();
                 }
-                const std::uint32_t lower = p.adapters[adapter].lower;
-                const std::uint32_t span = p.adapters[adapter].limit - lower;
+                const std::uint32_t first = p.adapters[adapter].interval.first;
+                const std::uint32_t span = p.adapters[adapter].interval.last - first;
 #pragma unroll
                 for (int v = 0; v < 8; ++v) {
                     const int m = v / 4, half = v / 2 % 2, h = v % 2;
                     x[m][half][h] = masked_column<T>(shared, warp_at, 16 * m + 8 * h + g,
-                                                     16 * half + 4 * t, p.draw != 0, lower, span);
+                                                     16 * half + 4 * t, p.draw, first, span);
                 }
             }
 #pragma unroll
@@ -256,7 +235,7 @@ reduce_kernel(const ReduceArguments<T> p) {
         }
     }
     sync_block();
-    for (int e = thread_index(); e < kGroup * kWidth; e += kReduceThreads) {
+    for (int e = thread_index(); e < kGroup * kWidth; e += kSumRowsThreads) {
         // Neighbouring threads on neighbouring elements of the target.
         const int col = p.target.flat ? e / kWidth : e % kGroup;
         const int rank = p.target.flat ? e % kWidth : e / kGroup;
@@ -266,7 +245,7 @@ reduce_kernel(const ReduceArguments<T> p) {
         if (k >= tile.count) continue;
         float total = 0.0f;
 #pragma unroll
-        for (int w = 0; w < 4; ++w) {
+        for (int w = 0; w < kSumRowsWarps; ++w) {
             total += shared.load_float(((w * kGroup + col) * kWidth + rank) * 4);
         }
         if (p.gains) total *= p.gains[tile.adapter];
