@@ -16,6 +16,7 @@ from .launch import Factors, Launch, common_arguments, compile_options, row_acce
 from .launch_config import Expand, Gpu
 from .mask_stream import draw
 from .tiles import (
+    column_groups,
     columns,
     dot,
     lanes_first,
@@ -93,10 +94,11 @@ def expand_kernel(
             scaled += (load_scaled(s, rows, tokens, s_stride, begin, rank, r, gain),)
             lasts += (last_word(table, j),)
     for tile in range(first_tile, min(first_tile + TILES, tiles)):
-        cols, in_cols, groups = columns(tile, d_out, SHIFT, VECTOR, BLOCK_N)
+        cols, in_cols = columns(tile, d_out, SHIFT, VECTOR, BLOCK_N)
         inside = (rows < tokens)[:, None] & in_cols[None, :]
         if BASE:
             start = load_wide(base, rows, cols, inside, base_row, base_column, CONTIGUOUS)
+        groups = column_groups(tile, BLOCK_N)
         lane = tl.arange(0, BLOCK_N)
         # the columns in the order of lanes_first
         n = tile * BLOCK_N - SHIFT + lane % (BLOCK_N // 8) * 8 + lane // (BLOCK_N // 8)

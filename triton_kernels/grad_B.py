@@ -21,7 +21,7 @@ from .backward import (
 )
 from .launch import Factors, Launch, compile_options, sizes_of
 from .launch_config import Gpu
-from .tiles import columns, dot, load_share, load_wide, narrow, share
+from .tiles import column_groups, columns, dot, load_share, load_wide, narrow, share
 
 
 @triton.jit(do_not_specialize=PLAIN)
@@ -64,7 +64,8 @@ def grad_B_kernel(
     """
     group, chunk, block = group_of(K, WIDTH, CHUNK, GROUP)
     part = block % parts
-    cols, in_cols, groups = columns(block // parts, d_out, SHIFT, VECTOR, BLOCK_N)
+    cols, in_cols = columns(block // parts, d_out, SHIFT, VECTOR, BLOCK_N)
+    groups = column_groups(block // parts, BLOCK_N)
     r = chunk * CHUNK + tl.arange(0, CHUNK)
     place = (tl.load(seed), stream, sample, row_offset, group_offset)
     rank_sum = s_stride * S_VECTOR

@@ -24,7 +24,7 @@ from .backward import (
 )
 from .launch import Factors, Launch, compile_options, sizes_of
 from .launch_config import Gpu
-from .tiles import columns, dot, load_share, load_wide, narrow, share, wide
+from .tiles import column_groups, columns, dot, load_share, load_wide, narrow, share, wide
 
 
 @triton.jit(do_not_specialize=PLAIN)
@@ -73,7 +73,8 @@ def grad_s_kernel(
     place = (tl.load(seed), stream, sample, row_offset, group_offset)
     sums = zeros(GROUP, BLOCK_M, CHUNK)
     for tile in range(part * tiles, min(part * tiles + tiles, tl.cdiv(d_out + SHIFT, BLOCK_N))):
-        cols, in_cols, groups = columns(tile, d_out, SHIFT, VECTOR, BLOCK_N)
+        cols, in_cols = columns(tile, d_out, SHIFT, VECTOR, BLOCK_N)
+        groups = column_groups(tile, BLOCK_N)
         inside = (rows < tokens)[:, None] & in_cols[None, :]
         g = load_wide(grad, rows, cols, inside, grad_stride * VECTOR, grad_column, CONTIGUOUS)
         u = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.uint32)

@@ -54,12 +54,15 @@ def columns(
     VECTOR: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ) -> tl.tensor:
-    """A tile's columns, whether each lies inside, and its groups of eight, counted from SHIFT
-    columns before the first."""
+    """A tile's columns, and whether each lies inside; tile 0 starts SHIFT columns too early."""
     cols = tile * BLOCK_N - SHIFT + tl.arange(0, BLOCK_N)
-    in_cols = tl.max_constancy((cols >= 0) & (cols < d_out), VECTOR)
-    groups = tile * (BLOCK_N // 8) + tl.arange(0, BLOCK_N // 8)
-    return cols, in_cols, groups
+    return cols, tl.max_constancy((cols >= 0) & (cols < d_out), VECTOR)
+
+
+@triton.jit
+def column_groups(tile: tl.tensor, BLOCK_N: tl.constexpr) -> tl.tensor:
+    """A tile's groups of eight columns, as the mask stream counts them from the first tile on."""
+    return tile * (BLOCK_N // 8) + tl.arange(0, BLOCK_N // 8)
 
 
 @triton.jit

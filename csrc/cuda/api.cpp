@@ -31,7 +31,7 @@ struct Setting {
         kernels = kernels_of(factors->dtype);
         if (!kernels) return LORA_ORTHO_BAD_DTYPE;
         problem.layout = Layout(*factors);
-        problem.draw = draw_of(factors->method);
+        problem.draw = draw_of(*factors);
         // Steps of ranks and groups of columns are counted in 32 bits.
         const bool fits =
             problem.layout.rank_sum <= kMaxRankSum && factors->d_in <= LORA_ORTHO_COL_LIMIT;

@@ -91,8 +91,6 @@ NOT_RUN = {
     "tests/triton_kernels/test_triton_compile.py runs it with --print",
     "python -m benchmarks --save": "writes into the sources; test_run.py runs it on a copy of them",
     "shrink   s = x Aᵀ                                   (tokens, d_in) × (Σr, d_in)": "a formula",
-    "shrink   out[m, r] = Σ_n mask(m, n) x[m, n] f[r, n]    s = x Aᵀ without masks; ds = (m ⊙ g) B "
-    "with": "a formula",
     "```SmolLM2-135M-Instruct, 4 adapters on 120 layers, float32, 2 threads, seed 0": "what `make "
     "demo` prints in three minutes; tests/repository/test_demo.py runs the demo in small",
     "adapters ─ pack ─▶ packed factors                      seed, stream, sample, row, column": "a "
