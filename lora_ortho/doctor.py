@@ -204,7 +204,8 @@ def _version(distribution: str, module: str) -> str | None:
     if module not in sys.modules and importlib.util.find_spec(module) is None:
         return None
     try:
-        return importlib.metadata.version(distribution)
+        # What torch itself says names the build: "2.13.0+cu130" where the package is "2.13.0".
+        return torch.__version__ if module == "torch" else importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
         return "unknown"
 

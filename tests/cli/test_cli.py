@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -15,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from adapter_files import PREFIX, config, tensors, write
-from commands import fails
+from commands import fails, interrupted
 from safetensors.torch import save_file
 
 import lora_ortho
@@ -212,19 +210,11 @@ def test_interrupt_leaves_no_traceback(tmp_path: Path) -> None:
             factors[f"unet.layer{layer}.lora_{side}.weight"] = torch.randn(shape)
     for name in ("one", "two"):
         save_file(factors, tmp_path / f"{name}.safetensors")
-    words = [sys.executable, "-m", "lora_ortho", "inspect"]
-    words += [str(tmp_path / f"{name}.safetensors") for name in ("one", "two")]
-    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    late = threading.Timer(120, process.kill)
-    late.start()
-    assert process.stderr is not None
-    assert process.stderr.readline().startswith("[")
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
-    late.cancel()
-    assert (process.returncode, out) == (1, "")
-    assert err.splitlines()[-1] == "lora-ortho: interrupted; nothing half-written was left"
-    assert "Traceback" not in err
+    files = [tmp_path / f"{name}.safetensors" for name in ("one", "two")]
+    done = interrupted(["inspect", *files], at="[")
+    assert (done.status, done.out) == (1, "")
+    assert done.err.splitlines()[-1] == "lora-ortho: interrupted; nothing half-written was left"
+    assert "Traceback" not in done.err
 
 
 def test_a_closed_pipe_is_no_traceback(folders: list[str]) -> None:

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import json
-import signal
-import subprocess
-import sys
-import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from commands import fails
+from commands import fails, interrupted
 from tiny_models import save_image_adapter, save_image_pipeline
 
 from lora_ortho.cli import main
@@ -224,19 +220,10 @@ def test_finished_pictures_are_kept(workplace: Path, tmp_path: Path) -> None:
     """A run that is interrupted while it paints, as a process."""
     text = CONFIG.replace("num_batches = 1", "num_batches = 20")
     (workplace / "slow.toml").write_text(text, encoding="utf-8")
-    words = [sys.executable, "-m", "lora_ortho", "merge", str(workplace / "slow.toml")]
-    words += ["--out", str(tmp_path / "results")]
-    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert process.stderr is not None
-    late = threading.Timer(120, process.kill)
-    late.start()
-    seen = next((line for line in process.stderr if "] direct, batch" in line), None)
-    process.send_signal(signal.SIGINT)
-    late.cancel()
-    assert seen is not None
-    shown, err = process.communicate(timeout=60)
-    assert (process.returncode, shown) == (1, "")
-    assert "interrupted; the rows that were finished are in" in err.splitlines()[-1]
+    words = ["merge", workplace / "slow.toml", "--out", tmp_path / "results"]
+    done = interrupted(words, at="] direct, batch")
+    assert (done.status, done.out) == (1, "")
+    assert "interrupted; the rows that were finished are in" in done.err.splitlines()[-1]
     kept = tmp_path / "results.unfinished"
     result = json.loads((kept / "comparison.json").read_text())
     assert result["unfinished"]["error"] == "interrupted"

@@ -5,17 +5,13 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
-import subprocess
-import sys
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from commands import fails
+from commands import fails, interrupted
 from merge_folder import changed, save_merge
 from tiny_models import WORDS, language_model
 
@@ -158,28 +154,19 @@ def test_finished_rows_are_kept(folder: bool, workplace: Path, tmp_path: Path) -
     slow = text.replace("samples = 3", 'samples = 1000000\nmethods = ["direct", "orthogonal"]')
     (workplace / "slow.toml").write_text(slow, encoding="utf-8")
     out = tmp_path / "results"
-    words = [sys.executable, "-m", "lora_ortho", "merge", str(workplace / "slow.toml")]
-    words += ["--out", str(out)] if folder else ["--json"]
-    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert process.stderr is not None
-    late = threading.Timer(120, process.kill)
-    late.start()
-    seen = next((line for line in process.stderr if "] orthogonal, sample" in line), None)
-    process.send_signal(signal.SIGINT)
-    late.cancel()
-    assert seen is not None
-    shown, err = process.communicate(timeout=60)
-    assert process.returncode == 1
-    (line,) = (line for line in err.splitlines() if not line.startswith("["))
+    words = ["merge", workplace / "slow.toml", *(["--out", out] if folder else ["--json"])]
+    done = interrupted(words, at="] orthogonal, sample")
+    assert done.status == 1
+    (line,) = (line for line in done.err.splitlines() if not line.startswith("["))
     assert line.startswith("lora-ortho: error: orthogonal: interrupted; the rows that were fin")
     kept = tmp_path / "results.unfinished"
     assert not out.exists()
     assert kept.exists() == folder
-    text = (kept / "comparison.json").read_text() if folder else shown
+    text = (kept / "comparison.json").read_text() if folder else done.out
     found = json.loads(text)
     assert list(found["losses"]) == ["bare model", "one alone", "second alone", "direct"]
     assert found["unfinished"] == {"row": "orthogonal", "error": "interrupted"}
     if folder:
-        assert shown == ""
+        assert done.out == ""
         assert str(kept) in line
         assert "unfinished: orthogonal" in (kept / "comparison.txt").read_text()

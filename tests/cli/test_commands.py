@@ -6,15 +6,14 @@ import functools
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
-import threading
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
+from commands import interrupted
 from native import ROOT, environment
 from tiny_models import WORDS, language_model, save_adapter, save_language_model
 
@@ -261,21 +260,10 @@ def test_bench_keeps_what_it_measured_when_it_is_interrupted(tmp_path: Path) -> 
     path = tmp_path / "result.json"
     case = "--case 24x64x160-3x4 " * 2000
     words = f"bench --quick {case} --dtype float32 --only forward --json {path}".split()
-    process = subprocess.Popen(
-        [sys.executable, "-m", "lora_ortho", *words], stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    late = threading.Timer(120, process.kill)
-    late.start()
-    assert process.stderr is not None
-    seen = next((line for line in process.stderr if line.startswith("[2/2000]")), None)
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
-    late.cancel()
-    assert seen is not None
-    assert process.returncode == 1
-    assert "| forward ÷ direct" in out
-    line = err.splitlines()[-1]
+    done = interrupted(words, at="[2/2000]")
+    assert done.status == 1
+    assert "| forward ÷ direct" in done.out
+    line = done.err.splitlines()[-1]
     assert line.startswith("error: interrupted: ")
     result = json.loads(path.read_text(encoding="utf-8"))
     assert result["interrupted"] is True
