@@ -4,29 +4,17 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from golden import GOLDEN, golden_lines
 
 from lora_ortho import mask_stream
 from lora_ortho.backends import cpu
 
-GOLDEN = Path(__file__).resolve().parents[1] / "golden"
 needs_kernels = pytest.mark.skipif(
     cpu.unavailable() is not None, reason=f"no compiled kernels: {cpu.unavailable()}"
 )
-
-
-def cases(*directives: str) -> list[tuple[list[str], list[str]]]:
-    """Arguments and results of the golden lines of some directives, from both files."""
-    found = []
-    for name in ("mask_stream.kat", "independent.kat"):
-        for line in (GOLDEN / name).read_text().splitlines():
-            arguments, _, results = line.partition(" -> ")
-            if arguments.split(" ")[0] in directives:
-                found.append((arguments.split()[1:], results.split()))
-    return found
 
 
 def test_the_golden_file_is_what_its_generator_prints() -> None:
@@ -36,7 +24,7 @@ def test_the_golden_file_is_what_its_generator_prints() -> None:
 
 
 def test_golden_philox() -> None:
-    lines = cases("philox")
+    lines = golden_lines("philox")
     assert len(lines) == 3
     for arguments, results in lines:
         words = [torch.tensor(int(word, 16)) for word in arguments]
@@ -45,7 +33,7 @@ def test_golden_philox() -> None:
 
 
 def test_golden_draws() -> None:
-    lines = cases("draw")
+    lines = golden_lines("draw")
     assert len(lines) == 722 + 268
     for arguments, results in lines:
         seed, stream, sample, lane_set, row, col = map(int, arguments)
@@ -57,7 +45,7 @@ def test_golden_draws() -> None:
 
 
 def test_golden_blocks() -> None:
-    for arguments, results in cases("block"):
+    for arguments, results in golden_lines("block"):
         seed, stream, sample, lane_set, row, rows, col, cols = map(int, arguments)
         found = mask_stream.draws(
             seed,
@@ -75,7 +63,7 @@ def test_golden_blocks() -> None:
     ("directive", "method"), [("thresholds", "orthogonal"), ("dropout", "dropout")]
 )
 def test_golden_thresholds(directive: str, method: str) -> None:
-    lines = cases(directive)
+    lines = golden_lines(directive)
     assert lines
     for arguments, results in lines:
         p = [float(word) for word in arguments]
@@ -86,7 +74,7 @@ def test_golden_thresholds(directive: str, method: str) -> None:
 
 
 def test_golden_owners() -> None:
-    lines = cases("owner")
+    lines = golden_lines("owner")
     assert lines
     for (u, *thresholds), (owner,) in lines:
         found = mask_stream.owners(torch.tensor([int(u)]), [int(T) for T in thresholds])
@@ -185,7 +173,7 @@ def test_python_and_compiled_draws_agree_on_a_hundred_million() -> None:
 def test_compiled_thresholds_agree() -> None:
     from lora_ortho import _C
 
-    lists = [[float(w) for w in line[0]] for line in cases("thresholds")]
+    lists = [[float(w) for w in line[0]] for line in golden_lines("thresholds")]
     for p in lists:
         for method in ("orthogonal", "dropout", "direct"):
             assert _C.thresholds(method, p) == mask_stream.thresholds(p, method)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from cases import make, same_rank
 from numerics import run
+from op_checks import check_compiled_op, check_ops
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -33,17 +34,7 @@ def _fresh_compiler(_poisoned: None) -> Iterator[None]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_opcheck(backend: str, dtype: torch.dtype) -> None:
     """Schema, fakes, autograd registration and dynamic shapes, of both ops."""
-    x, lora_A, lora_B, _, base, grad = make(CASE, dtype)
-    gains = torch.tensor([1.0, 2.0, 0.5], dtype=torch.float64)
-    inputs = (x, lora_A, lora_B, gains, torch.tensor(5))
-    intervals = ((0, 19999), (20000, 39999), (40000, 59999))
-    constants = Constants(Draw.SHARED, intervals, Place(1, 2, 3, 4), backend, False).flat()
-    forward, backward = torch.ops.lora_ortho.forward.default, torch.ops.lora_ortho.backward.default
-    for base_or_none, coordinates in ((base, None), (None, torch.tensor([1, 2, 3, 4]))):
-        torch.library.opcheck(forward, (*inputs, coordinates, base_or_none, *constants))
-    s = x @ torch.cat(lora_A).T
-    for needs in [(True,) * 4, (True, False, False, False), (False, True, True, False)]:
-        torch.library.opcheck(backward, (*inputs, None, grad, s, *constants, *needs))
+    check_ops(backend, dtype)
 
 
 @pytest.mark.parametrize("draw", Draw)
@@ -57,17 +48,7 @@ def test_constants_come_back_from_the_schema(draw: Draw) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_compiled_op(backend: str, method: str) -> None:
     """fullgraph, forward and backward, bits as in eager; another seed is another draw."""
-    tensors = make(CASE, torch.float32)
-    compiled = torch.compile(fused_ortho_lora, fullgraph=True, backend="aot_eager")
-    for seed in (5, 6, torch.tensor(7), torch.tensor(8)):
-        arguments = {"p": [0.7, 0.8, 0.9], "scaling": [2.0, 1.0, 0.5], "method": method}
-        arguments |= {"seed": seed, "stream": 3, "backend": backend}
-        eager = run(fused_ortho_lora, tensors, **arguments)
-        found = run(compiled, tensors, **arguments)
-        assert torch.equal(found.y, eager.y)
-        assert torch.equal(found.x, eager.x)
-        assert torch.equal(found.weights, eager.weights)
-        assert all(torch.equal(a, b) for a, b in zip(found.lora_B, eager.lora_B, strict=True))
+    check_compiled_op(backend, method)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

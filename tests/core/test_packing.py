@@ -8,13 +8,14 @@ from typing import Any
 import pytest
 import torch
 from cases import make, same_rank
+from op_checks import check_prepared_call
 from packs import NEEDS_KERNELS, count_packs
 from servers import Server
 
 from lora_ortho import fused_ortho_lora, packing
 from lora_ortho.backends import cpu
 from lora_ortho.packing import PackedAdapters
-from lora_ortho.problem import METHODS, Place, Rule
+from lora_ortho.problem import METHODS
 
 pytestmark = NEEDS_KERNELS
 CASE = same_rank(7, 12, 50, 3, 4)
@@ -93,25 +94,7 @@ def test_packed_factors_die_with_their_tensors() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("method", METHODS)
 def test_prepared_call_is_the_op(server: Server, method: str, dtype: torch.dtype) -> None:
-    tensors = make(CASE, dtype)
-    rule = Rule.make(3, [0.7, 0.8, 0.9], [0.5, 1.0, 2.0], method)
-    prepared = PackedAdapters(
-        *tensors[1:3], dtype, rule=rule, weights=[1.0, -1.0, 0.5], backend=server.backend
-    )
-    expected = fused_ortho_lora(
-        *tensors[:3], p=[0.7, 0.8, 0.9], scaling=[0.5, 1.0, 2.0], weights=[1.0, -1.0, 0.5],
-        method=method, base=tensors.base, seed=-5, stream=1, sample=2, row_offset=3, col_offset=4,
-        backend=server.backend,
-    )  # fmt: skip
-    place = Place(1, 2, 3, 4)
-    assert torch.equal(prepared.apply(tensors.x, tensors.base, -5, place), expected)
-    seed = torch.tensor(-5)
-    out = torch.empty_like(expected)
-    assert prepared.apply(tensors.x, tensors.base, seed, place, out) is out
-    assert torch.equal(out, expected)
-    in_place = tensors.base.clone()
-    assert prepared.apply(tensors.x, in_place, seed, place, in_place) is in_place
-    assert torch.equal(in_place, expected)
+    check_prepared_call(server, method, dtype)
 
 
 def test_prepared_defaults_are_those_of_the_op(server: Server) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import test_stale_factors as stale
+import stale
 import torch
 from cuda_host import use
 from servers import Server, interpreted
@@ -37,13 +37,13 @@ def kept_by(layer: Any) -> Any:
 @pytest.mark.parametrize("trainable", [False, True])
 @pytest.mark.parametrize("write", stale.WRITERS)
 def test_module(gpu: Server, write: Any, trainable: bool) -> None:
-    stale.test_module(gpu, trainable, "lora_B", write)
+    stale.check_module(gpu, trainable, "lora_B", write)
 
 
 def test_op(gpu: Server) -> None:
-    stale.test_op_forward_and_backward(gpu, True, stale.by_data)
-    stale.test_op_forward_and_backward(gpu, False, stale.by_data)
-    stale.test_backward_goes_with_its_forward(gpu)
+    stale.check_op(gpu, True, stale.by_data)
+    stale.check_op(gpu, False, stale.by_data)
+    stale.check_backward_of_its_forward(gpu)
 
 
 def test_the_memory_of_a_pack_is_written_again(gpu: Server) -> None:

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import pytest
-import test_masks
 import torch
 from cuda_host import MULTIPROCESSORS, use
 from servers import Server
-from test_masks import PLACES
+from spelled import PLACES, check_backward, check_forward, check_halves
 
 CUDA = Server("cuda")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -27,17 +26,17 @@ def _on_the_host(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize("method", ["orthogonal", "dropout"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_forward(dtype: torch.dtype, method: str, place: Mapping[str, int]) -> None:
-    test_masks.test_forward(CUDA, dtype, method, dict(place))
+    check_forward(CUDA, dtype, method, dict(place))
 
 
 @pytest.mark.parametrize("place", [*PLACES, *ALIGNED], ids=str)
 @pytest.mark.parametrize("method", ["orthogonal", "dropout"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_backward(dtype: torch.dtype, method: str, place: Mapping[str, int]) -> None:
-    test_masks.test_backward(CUDA, dtype, method, dict(place))
+    check_backward(CUDA, dtype, method, dict(place))
 
 
 @pytest.mark.parametrize("method", ["orthogonal", "dropout"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_two_halves_are_the_whole(dtype: torch.dtype, method: str) -> None:
-    test_masks.test_two_halves_are_the_whole(CUDA, dtype, method)
+    check_halves(CUDA, dtype, method)

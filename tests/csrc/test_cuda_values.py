@@ -5,8 +5,8 @@ from __future__ import annotations
 import functools
 
 import pytest
-import test_values
 import torch
+import value_checks
 from cases import CHECKED, METHODS, Case, Tensors, make, same_rank
 from cuda_host import MULTIPROCESSORS, use
 from numerics import Expected, Results, assert_as_good, expected, masks_of, run
@@ -38,7 +38,7 @@ def _on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
 def test_case_table(dtype: torch.dtype, method: str, case: Case) -> None:
-    test_values.check(Server("cuda"), case, dtype, method)
+    value_checks.check(Server("cuda"), case, dtype, method)
 
 
 @functools.cache
@@ -75,17 +75,17 @@ def test_wide_accesses(
 @pytest.mark.parametrize("narrow", [torch.bfloat16, torch.float16])
 def test_wide_factors_on_narrow_inputs(narrow: torch.dtype, method: str) -> None:
     case = same_rank(29, 40, 150, 3, 8)
-    test_values.check(Server("cuda"), case, narrow, method, factor_dtype=torch.float32)
+    value_checks.check(Server("cuda"), case, narrow, method, factor_dtype=torch.float32)
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_gradients_that_are_not_asked_for(method: str) -> None:
-    test_values.test_gradients_that_are_not_asked_for(Server("cuda"), method)
+    value_checks.check_single_gradients(Server("cuda"), method)
 
 
 @pytest.mark.parametrize("factor_dtype", [*DTYPES, torch.float64])
 def test_gradients_have_the_dtype_of_their_factor(factor_dtype: torch.dtype) -> None:
-    test_values.test_gradients_have_the_dtype_of_their_factor(Server("cuda"), factor_dtype)
+    value_checks.check_dtypes_of_gradients(Server("cuda"), factor_dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

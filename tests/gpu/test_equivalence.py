@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-import test_masks
+import spelled
 import torch
 from cases import CHECKED, METHODS, Case, make, same_rank
 from numerics import assert_as_good, expected, masks_of, run
@@ -35,24 +35,22 @@ def test_case_table(device: torch.device, backend: str, method: str, case: Case)
         assert_as_good(back(ours), expected(tensors, masks, keep, scaling))
 
 
-@pytest.mark.parametrize("place", test_masks.PLACES[:: 2 if REHEARSAL else 1], ids=str)
+@pytest.mark.parametrize("place", spelled.PLACES[:: 2 if REHEARSAL else 1], ids=str)
 @pytest.mark.parametrize("method", ["orthogonal", "dropout"])
 def test_every_mask(device: torch.device, backend: str, method: str, place: dict[str, int]) -> None:
-    """Outputs spell out who owns an element, as in test_masks.py."""
-    shapes = test_masks.SHAPES[:2] if REHEARSAL else test_masks.SHAPES
+    """Outputs spell out who owns an element, as in spelled.py."""
+    shapes = spelled.SHAPES[:2] if REHEARSAL else spelled.SHAPES
     for number, (adapters, rank) in enumerate(shapes):
-        tokens, d_out, seed = 1 + 9 * number, 269 - number, test_masks.SEEDS[number]
-        p = test_masks.rates(method, adapters)
+        tokens, d_out, seed = 1 + 9 * number, 269 - number, spelled.SEEDS[number]
+        p = spelled.rates(method, adapters)
         for dtype in DTYPES:
-            lora_A, lora_B, keep, limits = test_masks.spelled(
-                method, adapters, rank, d_out, dtype, p
-            )
+            lora_A, lora_B, keep, limits = spelled.spelled(method, adapters, rank, d_out, dtype, p)
             factors = [[t.to(device) for t in group] for group in (lora_A, lora_B)]
             x = torch.ones(tokens, 1, dtype=dtype, device=device)
             y = fused_ortho_lora(
                 x, *factors, p=p, scaling=keep, method=method, seed=seed, backend=backend, **place
             )
-            wanted = test_masks.codes(seed, tokens, d_out, limits, method, place)
+            wanted = spelled.codes(seed, tokens, d_out, limits, method, place)
             assert torch.equal(y.cpu().double(), wanted)
 
 

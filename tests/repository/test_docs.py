@@ -17,11 +17,10 @@ from typing import Any
 
 import pytest
 from native import ROOT
-from pages import FENCE, blocks, run_page, shell
+from pages import DOCS, FENCE, NEEDS, blocks, run_page, shell
 
 from lora_ortho.merge_config import Lora, MergeConfig
 
-DOCS = ROOT / "docs"
 EXAMPLES = ROOT / "examples" / "plugins"
 # Every page that people read.
 WRITTEN = sorted(
@@ -29,16 +28,6 @@ WRITTEN = sorted(
     for folder in (ROOT, DOCS, ROOT / "benchmarks", ROOT / "examples", ROOT / "examples" / "texts")
     for page in folder.glob("*.md")
 )
-# What a page needs beside the package: module, and the distribution to install.
-NEEDS = {
-    "language_model": {"peft": "peft", "transformers": "transformers"},
-    "command_line": {"peft": "peft", "transformers": "transformers", "matplotlib": "matplotlib"},
-    "diffusers": {"peft": "peft", "diffusers": "diffusers"},
-    "mergekit": {"peft": "peft", "mergekit": "mergekit"},
-    "fusion_bench": {"peft": "peft", "fusion_bench": "fusion-bench"},
-    "cpp": {},
-    "training": {"peft": "peft", "transformers": "transformers", "accelerate": "accelerate"},
-}
 
 
 @pytest.mark.parametrize("name", NEEDS)

@@ -15,8 +15,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import pages
 import pytest
-import test_docs
 from installed import copy_sources, install, pip, python
 from native import ROOT, run
 from packaging.requirements import Requirement
@@ -121,7 +121,7 @@ def test_pages_and_extras() -> None:
     text = (ROOT / "docs" / "install.md").read_text(encoding="utf-8")
     rows = [line for line in text.splitlines() if line.startswith("|")]
     extras = PROJECT["optional-dependencies"]
-    for page, needs in test_docs.NEEDS.items():
+    for page, needs in pages.NEEDS.items():
         (row,) = (row for row in rows if f"({page}.md)" in row)
         named = re.search(r'pip install "\.\[(\w+)\]"', row)
         if named:

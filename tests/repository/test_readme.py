@@ -12,8 +12,7 @@ from typing import Any
 import pytest
 import torch
 from native import ROOT
-from pages import blocks, call, commands, run_python, run_shell, shell, spans
-from test_docs import DOCS, NEEDS
+from pages import DOCS, NEEDS, blocks, call, commands, run_python, run_shell, shell, spans
 from tiny_models import WORDS, language_model, save_adapter, save_language_model
 
 import lora_ortho

@@ -15,6 +15,17 @@ from typing import Any, NamedTuple
 
 from native import ROOT, environment, locked
 
+DOCS = ROOT / "docs"
+# What a page needs beside the package: module, and the distribution to install.
+NEEDS = {
+    "language_model": {"peft": "peft", "transformers": "transformers"},
+    "command_line": {"peft": "peft", "transformers": "transformers", "matplotlib": "matplotlib"},
+    "diffusers": {"peft": "peft", "diffusers": "diffusers"},
+    "mergekit": {"peft": "peft", "mergekit": "mergekit"},
+    "fusion_bench": {"peft": "peft", "fusion_bench": "fusion-bench"},
+    "cpp": {},
+    "training": {"peft": "peft", "transformers": "transformers", "accelerate": "accelerate"},
+}
 FENCE = re.compile(r"^```(\w*)(?: ([\w./-]+))?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 INDENTED = re.compile(r"(?:(?<=\n\n)|\A)(?: {4}.*\n|\n(?= {4}))+")
 FILES = ("toml", "yaml", "cpp", "cmake")

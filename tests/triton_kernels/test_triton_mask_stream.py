@@ -6,8 +6,8 @@ import importlib
 
 import pytest
 import torch
+from golden import golden_lines
 from servers import interpreted
-from test_mask_stream import cases
 
 from lora_ortho import mask_stream
 from lora_ortho.backends import cpu
@@ -26,7 +26,7 @@ def draws(seed: int, row: int, rows: int, col: int, cols: int, *place: int) -> t
 
 
 def test_golden_blocks() -> None:
-    lines = cases("block")
+    lines = golden_lines("block")
     assert lines
     for arguments, results in lines:
         seed, stream, sample, lane_set, row, rows, col, cols = map(int, arguments)
@@ -36,7 +36,7 @@ def test_golden_blocks() -> None:
 
 def test_golden_draws() -> None:
     """Every line of both files: rows at 32-bit boundaries, negative seeds, every lane, offsets."""
-    lines = cases("draw")
+    lines = golden_lines("draw")
     assert len(lines) == 722 + 268
     for arguments, results in lines:
         seed, stream, sample, lane_set, row, col = map(int, arguments)

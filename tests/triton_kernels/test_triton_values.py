@@ -5,12 +5,11 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
+import op_checks
 import pytest
-import test_masks
-import test_op_graphs
-import test_packing
-import test_values
+import spelled
 import torch
+import value_checks
 from cases import CHECKED, METHODS, Case, make, same_rank
 from numerics import run
 from servers import TRITON, interpreted
@@ -32,53 +31,55 @@ def _two_threads(_poisoned: None) -> None:
 def test_case_table(number: int) -> None:
     """Every case once, with all gradients; dtypes and methods take turns."""
     dtype, method = COMBINATIONS[(number * 4) % len(COMBINATIONS)]
-    test_values.check(TRITON, CHECKED[number], dtype, method)
+    value_checks.check(TRITON, CHECKED[number], dtype, method)
 
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("dtype", NARROW, ids=lambda dtype: str(dtype)[6:])
 @pytest.mark.parametrize("case", [same_rank(7, 24, 130, 3, 16), Case(9, 20, 141, (5, 1, 40, 2, 3))])
 def test_every_dtype_and_method(case: Case, dtype: torch.dtype, method: str) -> None:
-    test_values.check(TRITON, case, dtype, method)
+    value_checks.check(TRITON, case, dtype, method)
 
 
 @pytest.mark.parametrize("ranks", [(256, 1), (64,), (33, 64), (32, 20)], ids=str)
 def test_ranks_around_the_ends_of_chunks(ranks: tuple[int, ...]) -> None:
-    test_values.check(TRITON, Case(5, 300, 70, ranks), torch.bfloat16, "orthogonal")
+    value_checks.check(TRITON, Case(5, 300, 70, ranks), torch.bfloat16, "orthogonal")
 
 
 @pytest.mark.parametrize("method", ["orthogonal", "direct"])
 def test_wide_factors_on_narrow_inputs(method: str) -> None:
-    test_values.test_wide_factors_on_narrow_inputs(TRITON, torch.bfloat16, method)
+    value_checks.check(
+        TRITON, same_rank(29, 40, 150, 3, 8), torch.bfloat16, method, factor_dtype=torch.float32
+    )
 
 
 @pytest.mark.parametrize("dtype", [*NARROW, torch.float64])
 def test_gradients_have_the_dtype_of_their_factor(dtype: torch.dtype) -> None:
-    test_values.test_gradients_have_the_dtype_of_their_factor(TRITON, dtype)
+    value_checks.check_dtypes_of_gradients(TRITON, dtype)
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_gradients_that_are_not_asked_for(method: str) -> None:
-    test_values.test_gradients_that_are_not_asked_for(TRITON, method)
+    value_checks.check_single_gradients(TRITON, method)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_same_call_gives_the_same_bits(dtype: torch.dtype) -> None:
     case = same_rank(257, 96, 384, 3, 16)
-    test_values.test_the_same_call_gives_the_same_bits(TRITON, 2, dtype, case)
+    value_checks.check_same_bits(TRITON, 2, dtype, case)
 
 
-@pytest.mark.parametrize("number", range(len(test_masks.PLACES)))
+@pytest.mark.parametrize("number", range(len(spelled.PLACES)))
 @pytest.mark.parametrize("method", ["orthogonal", "dropout"])
 def test_masks_in_forward_and_backward(method: str, number: int) -> None:
     """Bit for bit, at the corners of every coordinate; K up to 8."""
-    dtype, place = NARROW[number % 3], test_masks.PLACES[number]
-    test_masks.test_forward(TRITON, dtype, method, place)
-    test_masks.test_backward(TRITON, dtype, method, place)
+    dtype, place = NARROW[number % 3], spelled.PLACES[number]
+    spelled.check_forward(TRITON, dtype, method, place)
+    spelled.check_backward(TRITON, dtype, method, place)
 
 
 def test_two_halves_are_the_whole() -> None:
-    test_masks.test_two_halves_are_the_whole(TRITON, torch.bfloat16, "orthogonal")
+    spelled.check_halves(TRITON, torch.bfloat16, "orthogonal")
 
 
 # block_m, block_n, tiles or group, chunk, hoist or parts
@@ -102,26 +103,26 @@ def test_any_tiles_any_parts(
     monkeypatch.setattr(config, "grad_s", lambda *_: backward)
     monkeypatch.setattr(config, "grad_B", lambda *_: backward)
     ranks = (16, 16, 16) if hoist else (20, 32, 3, 17)
-    test_values.check(TRITON, Case(70, 20, 270, ranks), torch.bfloat16, method)
+    value_checks.check(TRITON, Case(70, 20, 270, ranks), torch.bfloat16, method)
 
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_prepared_call_is_the_op(method: str, dtype: torch.dtype) -> None:
-    test_packing.test_prepared_call_is_the_op(TRITON, method, dtype)
+    op_checks.check_prepared_call(TRITON, method, dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_opcheck(dtype: torch.dtype) -> None:
     torch.use_deterministic_algorithms(False)
-    test_op_graphs.test_opcheck("triton", dtype)
+    op_checks.check_ops("triton", dtype)
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_compiled_op(method: str) -> None:
     torch.use_deterministic_algorithms(False)
     torch._dynamo.reset()
-    test_op_graphs.test_compiled_op("triton", method)
+    op_checks.check_compiled_op("triton", method)
     torch._dynamo.reset()
 
 
