@@ -2,7 +2,7 @@
 
 All of docs/benchmarks.md, which has every result file whole; the headline figures in README.md,
 between two lines that name the result files they are of, separated by spaces; and the pictures of
-both pages. Run from the root of the sources: ``python -m tools.figures``.
+the page. Run from the root of the sources: ``python -m tools.figures``.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def page(results: Sequence[Result]) -> str:
     for result in results:
         parts.append(f"## {result.kind}")
         if result in _pictured(results):
-            parts += [_picture(result, name, PAGE.parent) for name in pictures.present(result)]
+            parts += [_picture(result, name) for name in pictures.present(result)]
         parts.append(report.report(result))
     return "\n\n".join(parts) + "\n"
 
@@ -53,16 +53,10 @@ def with_headlines(text: str, root: Path) -> tuple[list[Path], str]:
         raise record.ResultError("README.md: no lines mark where the benchmark table goes")
     paths = [Path(name) for name in found["paths"].split()]
     results = [record.load(root / path) for path in paths]
-    parts = [
-        _picture(result, "ratio", Path())
-        for result in _pictured(results)
-        if pictures.ratio(result) is not None
-    ]
-    parts += [report.machine_line(result) for result in results]
+    parts = [report.machine_line(result) for result in results]
     for group in ([r for r in results if is_cpu(r)], [r for r in results if not is_cpu(r)]):
         if group:
             parts.append(_headlines(group))
-    parts.append(f"Every case and every figure: [{PAGE}]({PAGE}).")
     block = "\n\n".join(parts)
     return paths, _BLOCK.sub(lambda _: f"{found[1]}\n{block}\n\n{found[3]}", text, count=1)
 
@@ -88,9 +82,9 @@ def _pictured(results: Sequence[Result]) -> list[Result]:
     return list({result.kind.split("-")[0]: result for result in reversed(results)}.values())
 
 
-def _picture(result: Result, name: str, folder: Path) -> str:
-    """A picture as a page in this folder shows it."""
-    path = pictures.path_of(result, name).relative_to(folder)
+def _picture(result: Result, name: str) -> str:
+    """A picture as the page shows it."""
+    path = pictures.path_of(result, name).relative_to(PAGE.parent)
     return f"![{pictures.DESCRIPTIONS[name]}]({path.as_posix()})"
 
 
@@ -107,7 +101,7 @@ def recorded(root: Path) -> list[Path]:
 
 
 def wanted_pictures(results: Sequence[Result]) -> dict[Path, tuple[str, pictures.Data]]:
-    """By path, the name and the data of every picture that the pages show."""
+    """By path, the name and the data of every picture that the page shows."""
     return {
         pictures.path_of(result, name): (name, data)
         for result in _pictured(results)

@@ -15,7 +15,7 @@ DTYPE_NAMES = {
     torch.float16: "float16",
     torch.float64: "float64",
 }
-# lora_ortho.h has a method and exclusive thresholds in place of a draw and intervals.
+# lora_ortho.h has one of these words, and exclusive thresholds, in place of a draw and intervals.
 METHODS = {Draw.SHARED: "orthogonal", Draw.OWN: "dropout", Draw.NONE: "direct"}
 
 
