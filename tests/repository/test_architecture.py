@@ -36,7 +36,7 @@ def scopes(text: str) -> Iterator[list[str]]:
 
 
 def is_command(span: str) -> bool:
-    return span.startswith(("make ", "pytest ", "python -m ", "lora-ortho"))
+    return span.startswith(("make ", "pytest ", "python ", "cmake ", "lora-ortho"))
 
 
 def is_path(span: str) -> bool:
@@ -68,13 +68,19 @@ def wrong_command(command: str) -> Iterator[str]:
     program, *words = command.split()
     if program == "pytest":
         yield from (f"there is no {word}" for word in words if not (ROOT / word).exists())
-    if program == "python":
+    if program == "python" and words[0] != "-m":
+        yield from (f"there is no {word}" for word in words[:1] if not (ROOT / word).exists())
+    elif program == "python":
         module = ROOT / words[1].replace(".", "/")
         if not module.with_suffix(".py").exists() and not (module / "__main__.py").exists():
             yield f"there is no module {words[1]}"
     if program == "make":
         targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE)
         yield from (f"there is no target {word}" for word in words if word not in targets)
+    if program == "cmake":
+        presets = (ROOT / "CMakePresets.json").read_text("utf-8")
+        if f'"name": "{words[-1]}"' not in presets:
+            yield f"there is no preset {words[-1]}"
     if program == "lora-ortho":
         files = {path.stem for path in (ROOT / "lora_ortho" / "cli").glob("*.py")}
         yield from (f"there is no command {word}" for word in words if word not in files)
@@ -105,6 +111,8 @@ def test_everything_on_the_page_is_there() -> None:
         "`pytest tests/nowhere`",
         "`lora-ortho nothing`",
         "`python -m benchmarks.nothing`",
+        "`python tools/nothing.py`",
+        "`cmake --preset nothing`",
         "`s = x A`",
     ],
 )
