@@ -36,15 +36,13 @@ lora_ortho_status act() {
 namespace lora_ortho::cuda {
 
 constexpr Kernels kFake = {
-    [](const lora_ortho_factors&, void*, void*) { return act(); },
-    [](const lora_ortho_factors&, const lora_ortho_cuda_call&, Device) { return kWorkspace; },
-    [](const lora_ortho_factors&, const void*, const lora_ortho_cuda_call&,
-       const lora_ortho_matrix&, const lora_ortho_matrix*, void*, void*, void*,
-       Device) { return act(); },
-    [](const lora_ortho_factors&, const lora_ortho_cuda_call&, Device) { return kWorkspace; },
-    [](const lora_ortho_factors&, const void*, const lora_ortho_cuda_call&,
-       const lora_ortho_matrix&, const lora_ortho_matrix&, const void*, const Gradients&, void*,
-       Device) { return act(); },
+    [](const Problem&, const lora_ortho_factors&, void*, void*) { return act(); },
+    [](const Problem&, std::int64_t) { return kWorkspace; },
+    [](const Problem&, const void*, const lora_ortho_cuda_call&, const lora_ortho_matrix&,
+       const lora_ortho_matrix*, void*, void*, void*) { return act(); },
+    [](const Problem&, std::int64_t) { return kWorkspace; },
+    [](const Problem&, const void*, const lora_ortho_cuda_call&, const lora_ortho_matrix&,
+       const lora_ortho_matrix&, const void*, const Gradients&, void*) { return act(); },
 };
 
 Status current_device(Device& device) {

@@ -116,9 +116,9 @@ def test_a_pattern_for_every_layer_takes_linear_time(tmp_path: Path) -> None:
     for form in ("^{}", "{}"):
         patterns = {form.format(name): rank for name, rank in layers.items()}
         fields = config(rank_pattern=patterns, alpha_pattern=patterns)
-        start = time.perf_counter()
+        start = time.process_time()
         found = load_adapter(write(tmp_path / "x", fields, factors)).layers
-        assert time.perf_counter() - start < 3.0
+        assert time.process_time() - start < 3.0
         assert {part.scaling for part in found.values()} == {1.0}
 
 
