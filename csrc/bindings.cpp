@@ -28,11 +28,12 @@ AlignedBuffer allocate(std::size_t bytes) {
 
 // What every forward and backward call ends with.
 lora_ortho_call as_call(std::int64_t tokens, Address gains, const py::int_& seed,
-                        std::uint32_t stream, std::uint32_t sample, std::int64_t row_offset,
-                        std::int64_t col_offset, std::int32_t threads) {
+                        std::uint32_t stream, std::uint32_t sample, std::uint32_t strata,
+                        std::int64_t row_offset, std::int64_t col_offset, std::int32_t threads) {
     return {LORA_ORTHO_STRUCT_VERSION,
             stream,
             sample,
+            strata,
             threads,
             tokens,
             row_offset,
@@ -58,10 +59,10 @@ public:
 
     void forward(const py::tuple& x, const std::optional<py::tuple>& base, Address y, Address s,
                  std::int64_t tokens, Address gains, const py::int_& seed, std::uint32_t stream,
-                 std::uint32_t sample, std::int64_t row_offset, std::int64_t col_offset,
-                 std::int32_t threads) const {
+                 std::uint32_t sample, std::uint32_t strata, std::int64_t row_offset,
+                 std::int64_t col_offset, std::int32_t threads) const {
         const lora_ortho_call call =
-            as_call(tokens, gains, seed, stream, sample, row_offset, col_offset, threads);
+            as_call(tokens, gains, seed, stream, sample, strata, row_offset, col_offset, threads);
         const lora_ortho_matrix x_matrix = as_matrix(x, dtype_);
         const lora_ortho_matrix base_matrix = base ? as_matrix(*base, dtype_) : lora_ortho_matrix{};
         const py::gil_scoped_release release;
@@ -72,10 +73,10 @@ public:
     void backward(const py::tuple& grad, const py::tuple& x, Address s, Address grad_x,
                   Address grad_A, Address grad_B, const std::string& factor_dtype,
                   Address grad_gains, std::int64_t tokens, Address gains, const py::int_& seed,
-                  std::uint32_t stream, std::uint32_t sample, std::int64_t row_offset,
-                  std::int64_t col_offset, std::int32_t threads) const {
+                  std::uint32_t stream, std::uint32_t sample, std::uint32_t strata,
+                  std::int64_t row_offset, std::int64_t col_offset, std::int32_t threads) const {
         const lora_ortho_call call =
-            as_call(tokens, gains, seed, stream, sample, row_offset, col_offset, threads);
+            as_call(tokens, gains, seed, stream, sample, strata, row_offset, col_offset, threads);
         const lora_ortho_matrix grad_matrix = as_matrix(grad, dtype_);
         const lora_ortho_matrix x_matrix = as_matrix(x, dtype_);
         const lora_ortho_dtype factor = parse("factor_dtype", factor_dtype, kDtypes);
@@ -190,11 +191,11 @@ py::tuple thresholds(const std::string& method, const std::vector<double>& p) {
 }
 
 void draws(const py::int_& seed, std::int64_t row0, std::int64_t rows, std::int64_t col0,
-           std::int64_t cols, std::uint32_t stream, std::uint32_t sample, std::uint32_t lane_set,
-           Address out) {
+           std::int64_t cols, std::uint32_t stream, std::uint32_t sample, std::uint32_t strata,
+           std::uint32_t lane_set, Address out) {
     const std::uint64_t key = as_seed(seed);
     const py::gil_scoped_release release;
-    require(lora_ortho_draws(key, row0, rows, col0, cols, stream, sample, lane_set,
+    require(lora_ortho_draws(key, row0, rows, col0, cols, stream, sample, strata, lane_set,
                              static_cast<std::uint16_t*>(as_pointer(out))));
 }
 
@@ -221,7 +222,7 @@ PYBIND11_MODULE(_C, m) {
     m.def("thresholds", &thresholds, arg("method"), arg("p"),
           "(thresholds, keep probabilities) of dropout rates; MASK_STREAM.md.");
     m.def("draws", &draws, arg("seed"), arg("row0"), arg("rows"), arg("col0"), arg("cols"),
-          arg("stream"), arg("sample"), arg("lane_set"), arg("out_ptr"),
+          arg("stream"), arg("sample"), arg("strata"), arg("lane_set"), arg("out_ptr"),
           "Writes the rows x cols uint16 draws, row-major, to out_ptr.");
     m.def("advise_huge_pages", &advise_huge_pages, arg("ptr"), arg("nbytes"),
           "Asks the system for huge pages in a buffer; does nothing where it has none.");
@@ -231,11 +232,11 @@ PYBIND11_MODULE(_C, m) {
     packed
         .def("forward", &Packed::forward, arg("x"), arg("base"), arg("y_ptr"), arg("s_ptr"),
              arg("tokens"), arg("gains_ptr"), arg("seed"), arg("stream"), arg("sample"),
-             arg("row_offset"), arg("col_offset"), arg("threads"))
+             arg("strata"), arg("row_offset"), arg("col_offset"), arg("threads"))
         .def("backward", &Packed::backward, arg("grad"), arg("x"), arg("s_ptr"), arg("grad_x_ptr"),
              arg("grad_A_ptr"), arg("grad_B_ptr"), arg("factor_dtype"), arg("grad_gains_ptr"),
              arg("tokens"), arg("gains_ptr"), arg("seed"), arg("stream"), arg("sample"),
-             arg("row_offset"), arg("col_offset"), arg("threads"))
+             arg("strata"), arg("row_offset"), arg("col_offset"), arg("threads"))
         .def_property_readonly("isa", &Packed::isa)
         .def_property_readonly("path", &Packed::path)
         .def_property_readonly("nbytes", &Packed::nbytes);

@@ -66,8 +66,8 @@ public:
     std::size_t nbytes() const { return bytes_; }
 
 private:
-    // (tokens, gains address, seed, seed address, stream, sample, row_offset, col_offset, CUDA
-    // stream)
+    // (tokens, gains address, seed, seed address, stream, sample, strata, row_offset, col_offset,
+    // CUDA stream)
     static lora_ortho_cuda_call as_call(const py::tuple& t) {
         lora_ortho_cuda_call call{};
         call.struct_version = LORA_ORTHO_STRUCT_VERSION;
@@ -77,9 +77,10 @@ private:
         call.seed_pointer = static_cast<const std::uint64_t*>(as_pointer(t[3].cast<Address>()));
         call.stream = t[4].cast<std::uint32_t>();
         call.sample = t[5].cast<std::uint32_t>();
-        call.row_offset = t[6].cast<std::int64_t>();
-        call.col_offset = t[7].cast<std::int64_t>();
-        call.cuda_stream = as_pointer(t[8].cast<Address>());
+        call.strata = t[6].cast<std::uint32_t>();
+        call.row_offset = t[7].cast<std::int64_t>();
+        call.col_offset = t[8].cast<std::int64_t>();
+        call.cuda_stream = as_pointer(t[9].cast<Address>());
         return call;
     }
     // A call of which only the number of tokens matters.
@@ -87,6 +88,7 @@ private:
         static const float kNoGains = 0.0f;
         lora_ortho_cuda_call call{};
         call.struct_version = LORA_ORTHO_STRUCT_VERSION;
+        call.strata = 1;
         call.tokens = tokens;
         call.gains = &kNoGains;
         return call;

@@ -256,7 +256,7 @@ def merges() -> str:
             f"`{name}`",
             method.needs,
             gives[method.gives],
-            "seed, sample" if method.draws else "nothing",
+            "seed, sample, strata" if method.draws else "nothing",
             ", ".join(f"`{key}={value!r}`" for key, value in method.parameters.items()) or "none",
             method.when,
             method.source,

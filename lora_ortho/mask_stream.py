@@ -20,6 +20,7 @@ ROW_LIMIT = 1 << 32
 COL_LIMIT = 1 << 35
 STREAM_LIMIT = 1 << 32
 SAMPLE_LIMIT = 1 << 24
+MOST_STRATA = 1 << 16
 LANE_LIMIT = 1 << 8
 UNIT = 1 << 16  # draws lie in [0, UNIT)
 SUM_SLACK = 1e-9  # rounding allowed above a sum of 1
@@ -71,6 +72,22 @@ def check_in_range(name: str, value: int, limit: int) -> int:
     if not 0 <= value < limit:
         raise ValueError(f"{name} must be in [0, 2**{limit.bit_length() - 1}), got {value}")
     return value
+
+
+def check_strata(strata: int) -> int:
+    """``strata`` as an int if it is one in [1, 65536]; else TypeError or ValueError naming it."""
+    strata = as_int("strata", strata)
+    if not 1 <= strata <= MOST_STRATA:
+        raise ValueError(f"strata must be in [1, {MOST_STRATA}], got {strata}")
+    return strata
+
+
+def stratum(sample: int, strata: int) -> tuple[int, int]:
+    """Block and rotation of a sample that is one of ``strata`` (MASK_STREAM.md, "Stratified
+    samples"): the block is counted in place of the sample, and the rotation in [0, 65536) is added
+    to its draws, mod 65536."""
+    block, part = divmod(sample, strata)
+    return block, part * UNIT // strata
 
 
 def check_seed(seed: int | Tensor) -> int | Tensor:
@@ -133,9 +150,10 @@ def draws(
     *,
     stream: int = 0,
     sample: int = 0,
+    strata: int = 1,
     lane_set: int = 0,
 ) -> Tensor:
-    """The 16-bit numbers that decide the masks (MASK_STREAM.md, "Draw").
+    """The 16-bit numbers that decide the masks (MASK_STREAM.md, "One draw").
 
     Args:
         seed: 64-bit int, or an int64 tensor of one element, whose device then is the result's.
@@ -143,6 +161,7 @@ def draws(
             rows in [0, 2**32), cols in [0, 2**35).
         stream, sample, lane_set: layer in [0, 2**32), Monte Carlo draw in [0, 2**24), lane set
             in [0, 256).
+        strata: how many samples in a row share their elements out in proportion, in [1, 65536].
     Returns:
         int32 tensor (len(rows), len(cols)) with values in [0, 65536).
     Raises:
@@ -151,18 +170,20 @@ def draws(
     check_in_range("stream", stream, STREAM_LIMIT)
     check_in_range("sample", sample, SAMPLE_LIMIT)
     check_in_range("lane_set", lane_set, LANE_LIMIT)
+    block, rotation = stratum(sample, check_strata(strata))
     device = _device_of(seed, rows, cols)
     key = seed_tensor(seed, device).reshape(()).to(device)
     row = _indices("rows", rows, ROW_LIMIT, device)
     col = _indices("cols", cols, COL_LIMIT, device)
     group, place = _eights(cols, col)
     words = philox(
-        (group, row[:, None], key.new_tensor(stream), key.new_tensor(sample << 8 | lane_set)),
+        (group, row[:, None], key.new_tensor(stream), key.new_tensor(block << 8 | lane_set)),
         (key & _LOW, (key >> 32) & _LOW),
     )
     shape = (row.numel(), group.numel())
-    halves = [h.to(torch.int32).expand(shape) for w in words for h in (w & 0xFFFF, w >> 16)]
-    return torch.stack(halves, dim=2).reshape(shape[0], 8 * shape[1])[:, place].contiguous()
+    halves = [h + rotation & 0xFFFF for w in words for h in (w, w >> 16)]
+    drawn = [half.to(torch.int32).expand(shape) for half in halves]
+    return torch.stack(drawn, dim=2).reshape(shape[0], 8 * shape[1])[:, place].contiguous()
 
 
 def _eights(cols: Indices, col: Tensor) -> tuple[Tensor, slice | Tensor]:
@@ -274,6 +295,7 @@ def winners(
     *,
     stream: int = 0,
     sample: int = 0,
+    strata: int = 1,
 ) -> Tensor:
     """Which adapter owns each output element under the orthogonal method.
 
@@ -283,7 +305,7 @@ def winners(
         int64 tensor (len(rows), len(cols)): the owner's index, or -1 for nobody.
     """
     edges, _ = thresholds(p, "orthogonal")
-    return owners(draws(seed, rows, cols, stream=stream, sample=sample), edges)
+    return owners(draws(seed, rows, cols, stream=stream, sample=sample, strata=strata), edges)
 
 
 def masks(
@@ -295,18 +317,20 @@ def masks(
     *,
     stream: int = 0,
     sample: int = 0,
+    strata: int = 1,
 ) -> list[Tensor]:
     """The K masks of a method, as bool tensors (len(rows), len(cols)).
 
     Args:
         thresholds: K, of the function of that name; the others as for :func:`draws`.
     """
+    place = {"stream": stream, "sample": sample, "strata": strata}
     if method == "orthogonal":
-        owner = owners(draws(seed, rows, cols, stream=stream, sample=sample), thresholds)
+        owner = owners(draws(seed, rows, cols, **place), thresholds)
         return [owner == j for j in range(len(thresholds))]
     if method == "dropout":
         return [
-            draws(seed, rows, cols, stream=stream, sample=sample, lane_set=j) < threshold
+            draws(seed, rows, cols, **place, lane_set=j) < threshold
             for j, threshold in enumerate(thresholds)
         ]
     shape = (len(rows), len(cols))

@@ -18,6 +18,7 @@ from lora_ortho.adapters.files.names import titles
 from lora_ortho.adapters.files.peft_config import CONFIG_FILE
 from lora_ortho.adapters.files.peft_folder import TENSOR_FILE
 from lora_ortho.adapters.files.tensor_file import open_regular
+from lora_ortho.mask_stream import MOST_STRATA
 from lora_ortho.problem import METHODS
 
 KINDS = ("language", "image")
@@ -62,6 +63,7 @@ class MergeConfig:
         methods: which merges to compare.
         seed: of the masks.
         samples: Monte Carlo draws for each random method, language models only.
+        strata: how many of them in a row share the elements out among the adapters in proportion.
         dtype: of the base model; None is float16 for images on a GPU, else float32.
         device: None is "cuda" where torch has one.
         backend: of lora_ortho; None is the best.
@@ -85,6 +87,7 @@ class MergeConfig:
     methods: tuple[str, ...] = ("direct", "dropout", "orthogonal")
     seed: int = 0
     samples: int = 4
+    strata: int = 1
     dtype: str | None = None
     device: str | None = None
     backend: str | None = None
@@ -285,6 +288,8 @@ def _check_value(where: str, key: str, value: Any) -> None:
         raise ConfigError(f"{where} must be one of {', '.join(choices)}, got {value!r}")
     if key in _AT_LEAST_ONE and value < 1:
         raise ConfigError(f"{where} must be at least 1, got {value}")
+    if key == "strata" and not 1 <= value <= MOST_STRATA:
+        raise ConfigError(f"{where} must be in [1, {MOST_STRATA}], got {value}")
     if key == "methods":
         wrong = [method for method in value if method not in METHODS]
         if wrong or not value or len(set(value)) < len(value):

@@ -79,7 +79,7 @@ class FusedOrthoLoRALinear(nn.Module):
     Masks are Monte Carlo draws of the merge, so ``eval()`` does not switch them off; ``method``
     does. An adapter's bias is computed exactly, as one more rank on an input feature that is always
     one. The attributes ``method``, ``p``, ``weights``, ``seed``, ``stream``, ``sample``,
-    ``backend`` and ``keep_zero_weights`` may be set at any time; a pass that runs again
+    ``strata``, ``backend`` and ``keep_zero_weights`` may be set at any time; a pass that runs again
     (checkpointing) uses the values of its first run.
 
     Frozen factors are packed once, and again after a change or a move; trained ones in every call.
@@ -216,6 +216,16 @@ class FusedOrthoLoRALinear(nn.Module):
         self.adopt(self.planned(sample=sample))
 
     @property
+    def strata(self) -> int:
+        """How many samples in a row share the elements out among the adapters in proportion, in
+        [1, 65536]; see ``fused_ortho_lora``. The samples of a block need the same seed."""
+        return self._settings.place.strata
+
+    @strata.setter
+    def strata(self, strata: int) -> None:
+        self.adopt(self.planned(strata=strata))
+
+    @property
     def backend(self) -> str | None:
         """None for the best one that can serve the call, or the name of one that must."""
         return self._settings.backend
@@ -233,8 +243,8 @@ class FusedOrthoLoRALinear(nn.Module):
         """What :meth:`adopt` would take, with nothing changed yet.
 
         Args:
-            changes: method, p, weights, keep_zero_weights, seed, stream, sample, backend; all of
-                them together, so that what fits together need not fit one by one.
+            changes: method, p, weights, keep_zero_weights, seed, stream, sample, strata,
+                backend; all of them together, so that what fits together need not fit one by one.
         Raises:
             TypeError, ValueError: by the name of what does not fit.
         """

@@ -128,9 +128,9 @@ def _check_pass(current: tuple[Tensor, Tensor, Tensor]) -> None:
         return
     if not all(torch.equal(a, b) for a, b in zip(first, current, strict=True)):
         raise RuntimeError(
-            "seed, sample, weights or scaling of compiled code changed between a forward pass and "
-            "its recomputation by torch.utils.checkpoint: change them after backward, or compile "
-            "the model with its checkpoints, or do not compile what they run"
+            "seed, sample, strata, weights or scaling of compiled code changed between a forward "
+            "pass and its recomputation by torch.utils.checkpoint: change them after backward, or "
+            "compile the model with its checkpoints, or do not compile what they run"
         )
 
 
@@ -285,6 +285,7 @@ def fused_ortho_lora(
     seed: int | Tensor,
     stream: int = 0,
     sample: int = 0,
+    strata: int = 1,
     row_offset: int = 0,
     col_offset: int = 0,
     backend: str | None = None,
@@ -310,6 +311,11 @@ def fused_ortho_lora(
         seed: 64-bit int, or an int64 tensor of one element on the device of x.
         stream: which layer, in [0, 2**32).
         sample: which Monte Carlo draw, in [0, 2**24).
+        strata: how many samples in a row share the elements out among the adapters in proportion,
+            in [1, 65536]; 1 draws each sample on its own. The mean over such a block of samples is
+            the direct merge, exactly where strata is a power of two and the product of strata and
+            1 - p a whole number for each adapter, else with less noise than that of so many
+            samples on their own. Every sample alone is distributed as with 1.
         row_offset, col_offset: added to token and feature indices, which must stay below 2**32
             and 2**35.
         backend: None for the best that serves the call, else "reference", "cpu", "triton" or
@@ -321,7 +327,7 @@ def fused_ortho_lora(
     """
     check_dtype("x", x)
     rule = Rule.make(adapter_count(lora_A, lora_B), p, scaling, method)
-    call = Call(rule, Place(stream, sample, row_offset, col_offset), backend)
+    call = Call(rule, Place(stream, sample, strata, row_offset, col_offset), backend)
     gains = weighted_gains(rule, weights, x)
     return merge(call, x, lora_A, lora_B, base, gains, seed)
 

@@ -34,30 +34,46 @@ Interval = tuple[int, int]  # first and last, inclusive, of the 16-bit draws
 
 
 class Place(NamedTuple):
-    """Where in the mask stream a call stands (MASK_STREAM.md, "Coordinates")."""
+    """Where in the mask stream a call stands (MASK_STREAM.md, "Arguments")."""
 
     stream: int = 0
     sample: int = 0
+    strata: int = 1
     row_offset: int = 0
     col_offset: int = 0
 
     def checked(self, tokens: int, d_out: int) -> Place:
         """This place, with integers of other kinds as Python's; TypeError or ValueError unless
         every coordinate of the call is in its range."""
+        stream, sample, strata, row_offset, col_offset = self
         stream, sample, row_offset, col_offset = map(
-            mask_stream.check_in_range, Place._fields, self, _PLACE_LIMITS
+            mask_stream.check_in_range,
+            _PLACE_LIMITS,
+            (stream, sample, row_offset, col_offset),
+            _PLACE_LIMITS.values(),
         )
+        strata = mask_stream.check_strata(strata)
         _check_room("row_offset", row_offset, tokens, mask_stream.ROW_LIMIT, "tokens")
         _check_room("col_offset", col_offset, d_out, mask_stream.COL_LIMIT, "features")
-        return Place(stream, sample, row_offset, col_offset)
+        return Place(stream, sample, strata, row_offset, col_offset)
+
+    @property
+    def block(self) -> int:
+        """What the draws count in place of the sample: the number of its block of strata."""
+        return mask_stream.stratum(self.sample, self.strata)[0]
+
+    @property
+    def rotation(self) -> int:
+        """What is added to the draws, mod 65536."""
+        return mask_stream.stratum(self.sample, self.strata)[1]
 
 
-_PLACE_LIMITS = (
-    mask_stream.STREAM_LIMIT,
-    mask_stream.SAMPLE_LIMIT,
-    mask_stream.ROW_LIMIT,
-    mask_stream.COL_LIMIT,
-)
+_PLACE_LIMITS = {
+    "stream": mask_stream.STREAM_LIMIT,
+    "sample": mask_stream.SAMPLE_LIMIT,
+    "row_offset": mask_stream.ROW_LIMIT,
+    "col_offset": mask_stream.COL_LIMIT,
+}
 
 
 def _check_room(name: str, offset: int, length: int, limit: int, what: str) -> None:

@@ -28,7 +28,7 @@ def masks(
     cols = range(place.col_offset, place.col_offset + problem.d_out)
 
     def draws(lane_set: int) -> Tensor:
-        at = {"stream": place.stream, "sample": place.sample}
+        at = {"stream": place.stream, "sample": place.sample, "strata": place.strata}
         return mask_stream.draws(key, rows, cols, lane_set=lane_set, **at)
 
     count = len(problem.intervals)

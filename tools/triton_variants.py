@@ -13,6 +13,8 @@ from lora_ortho.triton_kernels.grad_s import grad_s
 from lora_ortho.triton_kernels.launch import Factors, Launch
 from lora_ortho.triton_kernels.launch_config import Gpu, width_of
 
+from lora_ortho.problem import Place
+
 # An architecture and the multiprocessors of its largest GPU.
 GPUS = (Gpu("sm_80", 108), Gpu("sm_90", 132), Gpu("sm_100", 148), Gpu("gfx942", 304))
 KERNELS = ("expand", "grad_s", "grad_B")
@@ -59,7 +61,7 @@ class Variant:
         )
         s = _empty(self.dtype, tokens, sum(ranks))
         seed, gains = _empty(torch.int64), _empty(torch.float32, self.adapters)
-        call = (s, gains, seed, (0, 0, 0, 0))
+        call = (s, gains, seed, Place())
         if self.kernel == "expand":
             return expand(factors, self.gpu, wide, wide, *call)
         if self.kernel == "grad_s":

@@ -15,6 +15,8 @@ grad_B alone fills the registers of a program).
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -24,10 +26,13 @@ from .launch_config import Backward
 from .mask_stream import draw
 from .tiles import first_word, last_word
 
+if TYPE_CHECKING:
+    from lora_ortho.problem import Place
+
 # Arguments of both kernels that differ from call to call.
 PLAIN = [
     "tokens", "d_out", "grad_stride", "grad_column", "s_stride", "stream", "sample",
-    "row_offset", "group_offset", "tiles", "parts",
+    "rotation", "row_offset", "group_offset", "tiles", "parts",
 ]  # fmt: skip
 
 
@@ -100,7 +105,7 @@ def grad_arguments(
     s: Tensor,
     gains: Tensor,
     seed: Tensor,
-    place: tuple[int, int, int, int],
+    place: Place,
 ) -> tuple[dict[str, object], dict[str, object]]:
     """The arguments and constants of both kernels, all but what they write and ``PLAIN``'s last."""
     arguments, constants = common_arguments(factors, s, gains, seed, place)

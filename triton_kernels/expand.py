@@ -6,6 +6,8 @@ and e·d_out·Σr for B; s and B are read again by tiles that share them, out of
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 import triton
 import triton.language as tl
@@ -29,11 +31,14 @@ from .tiles import (
     wide,
 )
 
+if TYPE_CHECKING:
+    from lora_ortho.problem import Place
+
 
 @triton.jit(
     do_not_specialize=[
         "tokens", "d_out", "base_stride", "base_column", "s_stride", "stream", "sample",
-        "row_offset", "group_offset",
+        "rotation", "row_offset", "group_offset",
     ]
 )  # fmt: skip
 def expand_kernel(
@@ -51,6 +56,7 @@ def expand_kernel(
     s_stride: tl.tensor,
     stream: tl.tensor,
     sample: tl.tensor,
+    rotation: tl.tensor,
     row_offset: tl.tensor,
     group_offset: tl.tensor,
     DRAW: tl.constexpr,
@@ -80,7 +86,7 @@ def expand_kernel(
     spans = tl.cdiv(tiles, TILES)
     rows = (tl.program_id(0) // spans).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     first_tile = (tl.program_id(0) % spans) * TILES
-    place = (tl.load(seed), stream, sample, row_offset, group_offset)
+    place = (tl.load(seed), stream, sample, rotation, row_offset, group_offset)
     y_rows = y + rows[:, None] * (d_out // VECTOR * VECTOR)
     base_row = base_stride * VECTOR
     s_stride = s_stride * S_VECTOR
@@ -176,7 +182,7 @@ def expand(
     s: Tensor,
     gains: Tensor,
     seed: Tensor,
-    place: tuple[int, int, int, int],
+    place: Place,
 ) -> Launch:
     """The launch that fills y (tokens, d_out), contiguous, which may be ``base``; tokens > 0."""
     sizes = sizes_of(factors, y.shape[0])
@@ -200,13 +206,13 @@ def _launch(
     s: Tensor,
     gains: Tensor,
     seed: Tensor,
-    place: tuple[int, int, int, int],
+    place: Place,
 ) -> Launch:
     tokens, d_out = y.shape
     arguments, constants = common_arguments(factors, s, gains, seed, place)
     added = y if base is None else base
     row, column, vector = row_access(added, place, y)
-    tiles = -(-(d_out + (place[3] & 7)) // config.block_n)
+    tiles = -(-(d_out + (place.col_offset & 7)) // config.block_n)
     programs = -(-tokens // config.block_m) * -(-tiles // config.tiles)
     arguments |= {"y": y, "base": added, "base_stride": row, "base_column": column}
     constants |= {

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 import triton
 import triton.language as tl
@@ -23,6 +25,9 @@ from .launch import Factors, Launch, compile_options, sizes_of
 from .launch_config import Gpu
 from .tiles import column_groups, columns, dot, load_share, load_wide, narrow, share
 
+if TYPE_CHECKING:
+    from lora_ortho.problem import Place
+
 
 @triton.jit(do_not_specialize=PLAIN)
 def grad_B_kernel(
@@ -40,6 +45,7 @@ def grad_B_kernel(
     s_stride: tl.tensor,
     stream: tl.tensor,
     sample: tl.tensor,
+    rotation: tl.tensor,
     row_offset: tl.tensor,
     group_offset: tl.tensor,
     tiles: tl.tensor,
@@ -67,7 +73,7 @@ def grad_B_kernel(
     cols, in_cols = columns(block // parts, d_out, SHIFT, VECTOR, BLOCK_N)
     groups = column_groups(block // parts, BLOCK_N)
     r = chunk * CHUNK + tl.arange(0, CHUNK)
-    place = (tl.load(seed), stream, sample, row_offset, group_offset)
+    place = (tl.load(seed), stream, sample, rotation, row_offset, group_offset)
     rank_sum = s_stride * S_VECTOR
     sums = zeros(GROUP, BLOCK_N, CHUNK)
     for tile in range(part * tiles, min(part * tiles + tiles, tl.cdiv(tokens, BLOCK_M))):
@@ -104,7 +110,7 @@ def grad_B(
     s: Tensor,
     gains: Tensor,
     seed: Tensor,
-    place: tuple[int, int, int, int],
+    place: Place,
     dtype: torch.dtype,
 ) -> tuple[Launch, Tensor]:
     """The launch that makes grad_B, and grad_B in parts, to be added along axis 0.
@@ -116,7 +122,7 @@ def grad_B(
     tokens, d_out = grad.shape
     config = launch_config.grad_B(gpu, sizes_of(factors, tokens))
     parts, tiles = split(-(-tokens // config.block_m), config.parts)
-    blocks = -(-(d_out + (place[3] & 7)) // config.block_n) * parts
+    blocks = -(-(d_out + (place.col_offset & 7)) // config.block_n) * parts
     in_float32 = parts > 1 or dtype == torch.float64
     shape = (parts, factors.rank_sum * d_out)
     written = grad.new_empty(shape, dtype=torch.float32 if in_float32 else dtype)

@@ -5,6 +5,8 @@ The kernel sums over columns; what moves is in ``backward``.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 import triton
 import triton.language as tl
@@ -26,6 +28,9 @@ from .launch import Factors, Launch, compile_options, sizes_of
 from .launch_config import Gpu
 from .tiles import column_groups, columns, dot, load_share, load_wide, narrow, share, wide
 
+if TYPE_CHECKING:
+    from lora_ortho.problem import Place
+
 
 @triton.jit(do_not_specialize=PLAIN)
 def grad_s_kernel(
@@ -44,6 +49,7 @@ def grad_s_kernel(
     s_stride: tl.tensor,
     stream: tl.tensor,
     sample: tl.tensor,
+    rotation: tl.tensor,
     row_offset: tl.tensor,
     group_offset: tl.tensor,
     tiles: tl.tensor,
@@ -70,7 +76,7 @@ def grad_s_kernel(
     part = block % parts
     rows = (block // parts).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     r = chunk * CHUNK + tl.arange(0, CHUNK)
-    place = (tl.load(seed), stream, sample, row_offset, group_offset)
+    place = (tl.load(seed), stream, sample, rotation, row_offset, group_offset)
     sums = zeros(GROUP, BLOCK_M, CHUNK)
     for tile in range(part * tiles, min(part * tiles + tiles, tl.cdiv(d_out + SHIFT, BLOCK_N))):
         cols, in_cols = columns(tile, d_out, SHIFT, VECTOR, BLOCK_N)
@@ -110,7 +116,7 @@ def grad_s(
     s: Tensor,
     gains: Tensor,
     seed: Tensor,
-    place: tuple[int, int, int, int],
+    place: Place,
 ) -> tuple[Launch, Tensor, Tensor]:
     """The launch that makes grad_s and grad_gains, and both in parts, to be added along axis 0.
 
@@ -120,7 +126,7 @@ def grad_s(
     """
     tokens = grad.shape[0]
     config = launch_config.grad_s(gpu, sizes_of(factors, tokens))
-    tiles = -(-(grad.shape[1] + (place[3] & 7)) // config.block_n)
+    tiles = -(-(grad.shape[1] + (place.col_offset & 7)) // config.block_n)
     parts, tiles = split(tiles, config.parts)
     blocks = -(-tokens // config.block_m) * parts
     K, _, width = factors.B.shape

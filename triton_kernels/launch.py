@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .launch_config import INTERPRETER, Gpu, Sizes
 from .mask_stream import signed
+
+if TYPE_CHECKING:
+    from lora_ortho.problem import Place
 
 
 class Factors(NamedTuple):
@@ -54,14 +57,9 @@ def sizes_of(factors: Factors, tokens: int) -> Sizes:
 
 
 def common_arguments(
-    factors: Factors, s: Tensor, gains: Tensor, seed: Tensor, place: tuple[int, int, int, int]
+    factors: Factors, s: Tensor, gains: Tensor, seed: Tensor, place: Place
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The arguments and constants that all kernels take alike.
-
-    Args:
-        place: stream, sample, row_offset, col_offset.
-    """
-    stream, sample, row_offset, col_offset = place
+    """The arguments and constants that all kernels take alike."""
     K, d_out, width = factors.B.shape
     vector = vector_of(factors.rank or 1, s.element_size())
     arguments = {
@@ -73,25 +71,24 @@ def common_arguments(
         "tokens": s.shape[0],
         "d_out": d_out,
         "s_stride": factors.rank_sum // vector,
-        "stream": signed(stream),
-        "sample": signed(sample),
-        "row_offset": signed(row_offset),
-        "group_offset": signed(col_offset >> 3),
+        "stream": signed(place.stream),
+        "sample": place.block,
+        "rotation": place.rotation,
+        "row_offset": signed(place.row_offset),
+        "group_offset": signed(place.col_offset >> 3),
     }
     constants = {
         "DRAW": factors.draw,
         "K": K,
         "RANK": factors.rank,
         "WIDTH": width,
-        "SHIFT": col_offset & 7,
+        "SHIFT": place.col_offset & 7,
         "S_VECTOR": vector,
     }
     return arguments, constants
 
 
-def row_access(
-    matrix: Tensor, place: tuple[int, int, int, int], *beside: Tensor
-) -> tuple[int, int, int]:
+def row_access(matrix: Tensor, place: Place, *beside: Tensor) -> tuple[int, int, int]:
     """How the rows of a (tokens, d_out) matrix are read.
 
     Args:
@@ -101,7 +98,8 @@ def row_access(
     """
     tokens, d_out = matrix.shape
     row, column = matrix.stride()
-    sizes = math.gcd(d_out, row if tokens > 1 else d_out, place[3]) if column == 1 else 1
+    lengths = d_out, row if tokens > 1 else d_out, place.col_offset
+    sizes = math.gcd(*lengths) if column == 1 else 1
     vector = vector_of(sizes, matrix.element_size(), matrix, *beside)
     return row // vector, column, vector
 

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from lora_ortho.problem import Place
 
 ROUNDS = tl.constexpr(7)
 
@@ -15,15 +20,15 @@ def draw(place: tl.tuple, rows: tl.tensor, groups: tl.tensor, lane_set: tl.tenso
     """Draws of BLOCK_M rows and 8 · GROUPS columns, each in the upper half of a uint32.
 
     Args:
-        place: of row 0 and group 0 in the mask stream: seed (int64), stream, sample, row and
-            group, integers of any width taken mod 2**32.
+        place: of row 0 and group 0 in the mask stream: seed (int64), stream, sample (the number of
+            its block of strata), rotation, row and group, integers of any width taken mod 2**32.
         rows: (BLOCK_M,) token indices.
         groups: (GROUPS,) column indices, divided by eight.
         lane_set: int scalar.
     Returns:
         uint32 (BLOCK_M, GROUPS, 8): the draw is the upper half, the lower half is arbitrary.
     """
-    seed, stream, sample, row, group = place
+    seed, stream, sample, rotation, row, group = place
     rows += row
     groups += group
     zero = tl.zeros([rows.shape[0], groups.shape[0]], dtype=tl.uint32)
@@ -38,10 +43,15 @@ def draw(place: tl.tuple, rows: tl.tensor, groups: tl.tensor, lane_set: tl.tenso
     # lane = 4 i1 + 2 i0 + half; the axis joined last runs fastest
     words = tl.join(tl.join(w0, w2), tl.join(w1, w3))  # (BLOCK_M, GROUPS, i1, i0)
     halves = tl.join(words << 16, words)  # (BLOCK_M, GROUPS, i1, i0, half)
+    halves += rotation.to(tl.uint32) << 16
     return tl.reshape(halves, [rows.shape[0], groups.shape[0], 8])
 
 
-@triton.jit(do_not_specialize=["rows", "groups", "stream", "sample", "row", "group", "lane_set"])
+@triton.jit(
+    do_not_specialize=[
+        "rows", "groups", "stream", "sample", "rotation", "row", "group", "lane_set",
+    ]
+)  # fmt: skip
 def draws_kernel(
     out: tl.tensor,
     seed: tl.tensor,
@@ -49,6 +59,7 @@ def draws_kernel(
     groups: tl.tensor,
     stream: tl.tensor,
     sample: tl.tensor,
+    rotation: tl.tensor,
     row: tl.tensor,
     group: tl.tensor,
     lane_set: tl.tensor,
@@ -59,7 +70,7 @@ def draws_kernel(
     blocks = tl.cdiv(groups, BLOCK_G)
     m = (tl.program_id(0) // blocks).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     g = (tl.program_id(0) % blocks) * BLOCK_G + tl.arange(0, BLOCK_G)
-    u = draw((tl.load(seed), stream, sample, row, group), m, g, lane_set)
+    u = draw((tl.load(seed), stream, sample, rotation, row, group), m, g, lane_set)
     cols = g[:, None] * 8 + tl.arange(0, 8)[None, :]
     inside = (m < rows)[:, None, None] & (g < groups)[None, :, None]
     tl.store(out + m[:, None, None] * (groups * 8) + cols[None], (u >> 16).to(tl.int32), inside)
@@ -71,14 +82,16 @@ def signed(word: int) -> int:
     return word - (1 << 32) if word >> 31 else word
 
 
-def draws(
-    seed: Tensor, row: int, rows: int, col: int, cols: int, stream: int, sample: int, lane_set: int
-) -> Tensor:
-    """``lora_ortho.mask_stream.draws`` of ranges: int32 (rows, cols), on the device of ``seed``."""
-    first, groups = col >> 3, ((col + cols + 7) >> 3) - (col >> 3)
+def draws(seed: Tensor, rows: int, cols: int, place: Place, lane_set: int) -> Tensor:
+    """``lora_ortho.mask_stream.draws`` of so many rows and columns from those of the place on:
+    int32 (rows, cols), on the device of ``seed``."""
+    first, shift = place.col_offset >> 3, place.col_offset & 7
+    groups = (shift + cols + 7) >> 3
     out = torch.empty((rows, 8 * groups), dtype=torch.int32, device=seed.device)
-    place = (signed(stream), signed(sample), signed(row), signed(first), lane_set)
+    at = (signed(place.stream), place.block, place.rotation, signed(place.row_offset))
     if rows and cols:
         grid = (triton.cdiv(rows, 16) * triton.cdiv(groups, 64),)
-        draws_kernel[grid](out, seed, rows, groups, *place, BLOCK_M=16, BLOCK_G=64)
-    return out[:, col - 8 * first : col - 8 * first + cols]
+        draws_kernel[grid](
+            out, seed, rows, groups, *at, signed(first), lane_set, BLOCK_M=16, BLOCK_G=64
+        )
+    return out[:, shift : shift + cols]

@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "lora_ortho/lora_ortho.h"
+#include "lora_ortho/mask_stream.h"
 
 namespace lora_ortho {
 
@@ -29,6 +30,10 @@ constexpr std::size_t dtype_bytes(std::int32_t dtype) {
 
 constexpr bool is_adapters(std::int32_t adapters) {
     return adapters >= 1 && adapters <= LORA_ORTHO_MAX_ADAPTERS;
+}
+
+constexpr bool is_strata(std::uint32_t strata) {
+    return strata >= 1 && strata <= LORA_ORTHO_MAX_STRATA;
 }
 
 inline bool is_aligned(const void* pointer, std::size_t alignment) {

@@ -60,8 +60,9 @@ inline Status check_factor_matrices(const lora_ortho_factors& f) {
 // The coordinates of a call: lora_ortho_call or lora_ortho_cuda_call.
 template <class Call>
 Status check_coordinates(const Call& c, std::int64_t d_out) {
-    const bool inside = c.sample < LORA_ORTHO_SAMPLE_LIMIT && c.row_offset >= 0 &&
-                        c.col_offset >= 0 && c.tokens <= LORA_ORTHO_ROW_LIMIT - c.row_offset &&
+    const bool inside = c.sample < LORA_ORTHO_SAMPLE_LIMIT && is_strata(c.strata) &&
+                        c.row_offset >= 0 && c.col_offset >= 0 &&
+                        c.tokens <= LORA_ORTHO_ROW_LIMIT - c.row_offset &&
                         c.col_offset <= LORA_ORTHO_COL_LIMIT - d_out;
     return inside ? LORA_ORTHO_OK : LORA_ORTHO_BAD_COORDINATE;
 }

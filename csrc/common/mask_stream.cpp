@@ -51,11 +51,11 @@ Status thresholds_of(Draw draw, std::int32_t adapters, const double* p, Stream& 
 }
 
 void draw_row(std::uint64_t seed, std::uint32_t row, std::uint64_t col0, std::uint64_t cols,
-              std::uint32_t stream, std::uint32_t sample, std::uint32_t lane_set,
-              std::uint16_t* out) {
+              std::uint32_t stream, std::uint32_t sample, std::uint32_t strata,
+              std::uint32_t lane_set, std::uint16_t* out) {
     for (std::uint64_t col = col0; col < col0 + cols;) {
         const lora_ortho_words block = lora_ortho_draw_block(
-            seed, row, static_cast<std::uint32_t>(col >> 3), stream, sample, lane_set);
+            seed, row, static_cast<std::uint32_t>(col >> 3), stream, sample, strata, lane_set);
         do {
             *out++ = static_cast<std::uint16_t>(lora_ortho_draw_of(block, col++));
         } while ((col & 7u) != 0 && col < col0 + cols);
@@ -90,12 +90,12 @@ lora_ortho_status lora_ortho_thresholds(lora_ortho_method method, int32_t adapte
 }
 
 lora_ortho_status lora_ortho_draws(uint64_t seed, int64_t row0, int64_t rows, int64_t col0,
-                                   int64_t cols, uint32_t stream, uint32_t sample,
+                                   int64_t cols, uint32_t stream, uint32_t sample, uint32_t strata,
                                    uint32_t lane_set, uint16_t* out) {
     if (rows < 0 || cols < 0) return LORA_ORTHO_BAD_SIZE;
     if (row0 < 0 || rows > LORA_ORTHO_ROW_LIMIT - row0 || col0 < 0 ||
         cols > LORA_ORTHO_COL_LIMIT - col0 || sample >= LORA_ORTHO_SAMPLE_LIMIT ||
-        lane_set >= LORA_ORTHO_LANE_SET_LIMIT) {
+        !is_strata(strata) || lane_set >= LORA_ORTHO_LANE_SET_LIMIT) {
         return LORA_ORTHO_BAD_COORDINATE;
     }
     if (!fits(rows, cols, sizeof(std::uint16_t))) return LORA_ORTHO_BAD_SIZE;
@@ -103,7 +103,8 @@ lora_ortho_status lora_ortho_draws(uint64_t seed, int64_t row0, int64_t rows, in
     LORA_ORTHO_CHECK(check_pointer(out, alignof(std::uint16_t)));
     for (std::int64_t i = 0; i < rows; ++i) {
         draw_row(seed, static_cast<std::uint32_t>(row0 + i), static_cast<std::uint64_t>(col0),
-                 static_cast<std::uint64_t>(cols), stream, sample, lane_set, out + i * cols);
+                 static_cast<std::uint64_t>(cols), stream, sample, strata, lane_set,
+                 out + i * cols);
     }
     return LORA_ORTHO_OK;
 }

@@ -17,7 +17,7 @@ const char* lora_ortho_status_text(lora_ortho_status status) {
             return "a size is negative, zero where it may not be, or too large to address";
         case LORA_ORTHO_BAD_COORDINATE:
             return "rows must lie below 2^32, columns below 2^35, sample below 2^24, "
-                   "lane_set below 256";
+                   "strata in 1 .. 65536, lane_set below 256";
         case LORA_ORTHO_BAD_THRESHOLD:
             return "a threshold is not in 1 .. 65536 or does not exceed the one before: "
                    "a keep probability is too small for 16-bit draws";

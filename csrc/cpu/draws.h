@@ -22,7 +22,8 @@ class BlockDraws {
 public:
     // The block is `columns` <= kColumnBlock columns of the call from `col` on.
     BlockDraws(const Place& place, int lane_set, std::int64_t col, int columns)
-        : row_offset_(place.row_offset) {
+        : row_offset_(place.row_offset),
+          rotation_(static_cast<std::uint16_t>(place.part.rotation)) {
         const std::uint64_t column = static_cast<std::uint64_t>(place.col_offset + col);
         skip_ = static_cast<int>(column & 7);
         vectors_ = (columns + skip_ + kDrawColumns - 1) / kDrawColumns;
@@ -34,7 +35,7 @@ public:
             k0 += LORA_ORTHO_PHILOX_W0;
             k1 += LORA_ORTHO_PHILOX_W1;
         }
-        const std::uint64_t last = (place.sample << 8) | static_cast<std::uint32_t>(lane_set);
+        const std::uint64_t last = (place.part.block << 8) | static_cast<std::uint32_t>(lane_set);
         const std::uint64_t p1 = std::uint64_t{LORA_ORTHO_PHILOX_M1} * place.stream;
         row_key_ = (p1 >> 32) ^ key0_[0];
         U64 group = splat(column >> 3) + kLaneGroup;
@@ -57,6 +58,7 @@ public:
         const U64 high = splat(p0 >> 32), low = splat(p0 & kLow);
         for (int v = 0; v < vectors_; ++v)
             late_rounds(columns_[v], high, low, buffer + v * kDrawColumns);
+        if (__builtin_expect(rotation_ != 0, 0)) rotate(buffer);
         return buffer + skip_;
     }
 
@@ -79,6 +81,12 @@ private:
     struct Column {
         U64 c2, c1, after_c2, after_c3;
     };
+
+    // Apart from late_rounds(): a call without strata pays one branch a row.
+    LORA_ORTHO_INLINE void rotate(std::uint16_t* draws) const {
+        for (int n = 0; n < vectors_ * kDrawColumns; n += kLanes<std::uint16_t>)
+            store(draws + n, load(draws + n) + splat(rotation_));
+    }
 
     // From round 3 on; high and low are the halves of the product of the row in round 2. The upper
     // halves of the words hold rubbish throughout.
@@ -122,6 +130,7 @@ private:
     std::uint64_t key0_[kRounds], key1_[kRounds];
     std::uint64_t row_key_;
     std::int64_t row_offset_;
+    std::uint16_t rotation_;
     int skip_, vectors_;
 };
 

@@ -39,6 +39,23 @@ struct ThreadRows {
     }
 };
 
+// The products of a thread's rows, in registers from here on.
+template <class T>
+struct RowProducts {
+    RowProduct of[kRowsOfThread<T>];
+
+    LORA_ORTHO_DEVICE RowProducts(const Stream& stream, std::int64_t first) {
+        auto row = static_cast<std::uint32_t>(first);
+        pin(row);
+#pragma unroll
+        for (int q = 0; q < kRowsOfThread<T>; ++q) {
+            of[q] = stream.row(row + 8 * q);
+            pin(of[q].low);
+            pin(of[q].high);
+        }
+    }
+};
+
 // sum += the product of one step of adapter j.
 template <class T, class Operands>
 LORA_ORTHO_DEVICE void add_step(const Operands& operands, int j, const Entry& entry, int step,
@@ -86,24 +103,21 @@ LORA_ORTHO_DEVICE void add_product(const Operands& operands, int j, const Entry&
     }
 }
 
-// Draws of a thread's elements, each in the high half of a word. What lies in the low half changes
-// no comparison with an adapter's last.
+// Draws of a thread's elements, each in the high half of a word.
 template <class T>
 struct HighDraws {
     std::uint32_t word[kRowsOfThread<T>][8];
 
     template <bool kStaged>
-    LORA_ORTHO_DEVICE void draw(const Stream& stream, const ThreadRows<T>& at, std::uint32_t block,
-                                std::uint32_t lane_set) {
+    LORA_ORTHO_DEVICE void draw(const Stream& stream, const RowProducts<T>& rows,
+                                std::uint32_t block, std::uint32_t lane_set) {
 #pragma unroll
         for (int q = 0; q < kRowsOfThread<T>; ++q) {
-            const Draws draws = stream.template draws<kStaged>(
-                static_cast<std::uint32_t>(at.row) + 8 * q, block, lane_set);
+            const Draws draws = stream.template draws<kStaged>(rows.of[q], block, lane_set);
 #pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                word[q][2 * i] = draws.word[i] << 16;
-                word[q][2 * i + 1] = draws.word[i];
-                pin(word[q][2 * i]);
+            for (int i = 0; i < 8; ++i) {
+                word[q][i] = draws.high(i);
+                pin(word[q][i]);
             }
         }
     }
@@ -127,10 +141,10 @@ constexpr std::uint32_t kEveryDraw = 0xffffffffu;
 // At most one adapter on each element.
 template <class T, bool kStaged, class Operands>
 LORA_ORTHO_DEVICE void add_owner(const ExpandArguments<T>& p, const Stream& stream,
-                                 const Operands& operands, const ThreadRows<T>& at,
+                                 const RowProducts<T>& rows, const Operands& operands,
                                  std::uint32_t block, const Elements<T>& base, Elements<T>& y) {
     HighDraws<T> draws;
-    draws.template draw<kStaged>(stream, at, block, 0);
+    draws.template draw<kStaged>(stream, rows, block, 0);
     int j = p.adapter_count - 1;
     const Entry final_entry = operands.entry(j);
     add_product<T>(operands, j, final_entry, base, y);
@@ -163,7 +177,8 @@ LORA_ORTHO_DEVICE void add_kept(const ExpandArguments<T>& p, const Stream& strea
             continue;
         }
         HighDraws<T> draws;
-        draws.template draw<kStaged>(stream, at, block, static_cast<std::uint32_t>(j));
+        draws.template draw<kStaged>(stream, RowProducts<T>(stream, at.row), block,
+                                     static_cast<std::uint32_t>(j));
         Elements<T> sum;
         add_product<T>(operands, j, entry, y, sum);
         select<T>(draws, entry.last, sum, y, y);
@@ -221,12 +236,12 @@ LORA_ORTHO_DEVICE void store_y(const ExpandArguments<T>& p, const ThreadRows<T>&
 // One block of eight columns in all rows of the thread.
 template <class T, bool kSharedDraw, bool kStaged, class Operands>
 LORA_ORTHO_DEVICE void expand_block(const ExpandArguments<T>& p, const Stream& stream,
-                                    const Operands& operands, const ThreadRows<T>& at,
-                                    std::uint32_t block) {
+                                    const RowProducts<T>& rows, const Operands& operands,
+                                    const ThreadRows<T>& at, std::uint32_t block) {
     Elements<T> base, y;
     load_base<T, kStaged>(p, at, block, base);
     if (kSharedDraw) {
-        add_owner<T, kStaged>(p, stream, operands, at, block, base, y);
+        add_owner<T, kStaged>(p, stream, rows, operands, block, base, y);
     } else {
         add_kept<T, kStaged>(p, stream, operands, at, block, base, y);
     }
@@ -246,8 +261,10 @@ expand_kernel(const ExpandArguments<T> p) {
     const int first = static_cast<int>(index / p.row_blocks) * p.block_groups;
     const int groups = static_cast<int>(ceil_div(p.cols, kGroup));
     const int end = groups - first < p.block_groups ? groups : first + p.block_groups;
-    const Stream stream(p.place);
+    Stream stream(p.place);
     const ThreadRows<T> at(p, block_row + row_warp * kWarpRows<T> + g);
+    if (kSharedDraw) stream.pin_keys();
+    const RowProducts<T> rows(stream, at.row);
 
     if constexpr (kStaged) {
         const Shared shared = shared_memory();
@@ -272,8 +289,9 @@ expand_kernel(const ExpandArguments<T> p) {
 #pragma unroll 1
             for (int i = col_warp; i < here; i += col_warps) {
                 operands.factors = stage + i * group_bytes + 16 * lane;
-                expand_block<T, kSharedDraw, true>(p, stream, operands, at,
-                                                   static_cast<std::uint32_t>(4 * (group + i) + t));
+                auto block = static_cast<std::uint32_t>(4 * (group + i) + t);
+                pin(block);
+                expand_block<T, kSharedDraw, true>(p, stream, rows, operands, at, block);
             }
             stage = other;
         }
@@ -289,7 +307,7 @@ expand_kernel(const ExpandArguments<T> p) {
             operands.factors = p.factors +
                                static_cast<std::int64_t>(group) * p.steps * kColumnBlock +
                                lane * kLaneElements;
-            expand_block<T, kSharedDraw, false>(p, stream, operands, at,
+            expand_block<T, kSharedDraw, false>(p, stream, rows, operands, at,
                                                 static_cast<std::uint32_t>(4 * group + t));
         }
     }

@@ -27,7 +27,8 @@ struct SumColumnsArguments {
     T* out;          // [rows][rank_sum]
 };
 
-// `x` with zeros where the adapter does not own the element.
+// `x` with zeros where the adapter does not own the element. `first` lies in the high half of a
+// word, `span` likewise with ones below it.
 template <class T>
 LORA_ORTHO_DEVICE Eight<T> masked(const Eight<T>& x, const Draws& draws, std::uint32_t first,
                                   std::uint32_t span) {
@@ -37,7 +38,7 @@ LORA_ORTHO_DEVICE Eight<T> masked(const Eight<T>& x, const Draws& draws, std::ui
     for (int i = 0; i < Eight<T>::kWords; ++i) {
         bool keep[2];
 #pragma unroll
-        for (int k = 0; k < kPer; ++k) keep[k] = draws[i * kPer + k] - first <= span;
+        for (int k = 0; k < kPer; ++k) keep[k] = draws.high(i * kPer + k) - first <= span;
         out.word[i] = Word<T>::masked(x.word[i], keep);
     }
     return out;
@@ -61,18 +62,19 @@ struct MaskedRows {
             rows[q] = rows_[q];
             x[q] = p.x.template eight<kWide>(rows[q], col, p.cols);
             if (kMasked && p.draw == Draw::kShared)
-                draws[q] = stream.template draws<kWide>(row(q), block(), 0);
+                draws[q] = stream.template draws<kWide>(stream.row(row(q)), block(), 0);
         }
     }
     LORA_ORTHO_DEVICE void select(std::int32_t wanted) {
         if (!kMasked || wanted == adapter) return;
         adapter = wanted;
-        const std::uint32_t first = p.adapters[adapter].interval.first;
-        const std::uint32_t span = p.adapters[adapter].interval.last - first;
+        const Interval interval = p.adapters[adapter].interval;
+        const std::uint32_t first = interval.first << 16;
+        const std::uint32_t span = (interval.last - interval.first) << 16 | 0xffffu;
 #pragma unroll
         for (int q = 0; q < 4; ++q) {
             if (p.draw == Draw::kOwn) {
-                draws[q] = stream.template draws<kWide>(row(q), block(),
+                draws[q] = stream.template draws<kWide>(stream.row(row(q)), block(),
                                                         static_cast<std::uint32_t>(adapter));
             }
             kept[q] = p.draw == Draw::kNone ? x[q] : masked(x[q], draws[q], first, span);

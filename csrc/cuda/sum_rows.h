@@ -101,7 +101,7 @@ LORA_ORTHO_DEVICE void turn_draws(const Stream& stream, Shared shared, int warp_
     for (int q = 0; q < 4; ++q) {
         const int row = 8 * q + g;
         const Draws draws =
-            stream.template draws<false>(static_cast<std::uint32_t>(row0 + row),
+            stream.template draws<false>(stream.row(static_cast<std::uint32_t>(row0 + row)),
                                          static_cast<std::uint32_t>(col0 / 8 + t), lane_set);
 #pragma unroll
         for (int e = 0; e < 8; ++e) {

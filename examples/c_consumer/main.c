@@ -23,13 +23,13 @@ static void require(lora_ortho_status status) {
 /* Some numbers between -1 and 1. */
 static void fill(float* values, size_t count, uint64_t seed) {
     for (size_t i = 0; i < count; ++i) {
-        values[i] = (float)lora_ortho_draw(seed, 0, i, 0, 0, 0) / 32768.0f - 1.0f;
+        values[i] = (float)lora_ortho_draw(seed, 0, i, 0, 0, 1, 0) / 32768.0f - 1.0f;
     }
 }
 
 /* base + gain_j (B_j A_j x), j the owner of the element. */
 static double formula(int m, int n, const uint32_t* thresholds, const double* gains) {
-    const uint32_t draw = lora_ortho_draw(SEED, (uint32_t)m, (uint64_t)n, 0, 0, 0);
+    const uint32_t draw = lora_ortho_draw(SEED, (uint32_t)m, (uint64_t)n, 0, 0, 1, 0);
     const int32_t j = lora_ortho_owner(draw, thresholds, K);
     double sum = base[m][n];
     for (int r = 0; j >= 0 && r < RANK; ++r) {
@@ -62,7 +62,8 @@ static int wrong_draws(const char* path) {
                    &seed, &stream, &sample, &lane_set, &row, &col, &u) != 7)
             continue;
         uint16_t draw;
-        require(lora_ortho_draws((uint64_t)seed, row, 1, col, 1, stream, sample, lane_set, &draw));
+        require(
+            lora_ortho_draws((uint64_t)seed, row, 1, col, 1, stream, sample, 1, lane_set, &draw));
         wrong += draw != u;
         ++all;
     }
@@ -113,6 +114,7 @@ int main(int argc, char** argv) {
 
     const lora_ortho_call call = {
         .struct_version = LORA_ORTHO_STRUCT_VERSION,
+        .strata = 1,
         .tokens = TOKENS,
         .seed = SEED,
         .gains = gains,

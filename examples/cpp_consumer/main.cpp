@@ -37,7 +37,7 @@ std::vector<double> numbers(std::int64_t count, std::uint64_t seed) {
     std::vector<double> values;
     for (std::int64_t i = 0; i < count; ++i) {
         values.push_back(
-            lora_ortho_draw(seed, 0, static_cast<std::uint64_t>(i), 0, 0, 0) / 32768.0 - 1.0);
+            lora_ortho_draw(seed, 0, static_cast<std::uint64_t>(i), 0, 0, 1, 0) / 32768.0 - 1.0);
     }
     return values;
 }
@@ -105,6 +105,7 @@ private:
         lora_ortho_call call{};
         call.struct_version = LORA_ORTHO_STRUCT_VERSION;
         call.sample = sample;
+        call.strata = 1;
         call.tokens = kTokens;
         call.seed = 2026;
         call.threads = 1;
@@ -141,7 +142,7 @@ int wrong_blocks(const char* path) {
         }
         std::vector<std::uint16_t> draws(static_cast<std::size_t>(rows * cols));
         require(lora_ortho_draws(static_cast<std::uint64_t>(seed), row, rows, col, cols, stream,
-                                 sample, lane_set, draws.data()));
+                                 sample, 1, lane_set, draws.data()));
         bool same = true;
         for (const std::uint16_t draw : draws) same = words >> u && draw == u && same;
         wrong += !same;

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-VERSION, ORTHOGONAL, FLOAT32, ALIGNMENT = 1, 0, 0, 64
+VERSION, ORTHOGONAL, FLOAT32, ALIGNMENT = 2, 0, 0, 64
 TOKENS, D_IN, D_OUT, RANK, SEED = 4, 10, 24, 3, 2026
 # y[1, :6]
 STORED = [2.6416533, -0.53497314, 2.3337669, -0.89897215, -1.6226585, -0.15300149]
@@ -58,6 +58,7 @@ class Call(ctypes.Structure):
         ("struct_version", c_uint32),
         ("stream", c_uint32),
         ("sample", c_uint32),
+        ("strata", c_uint32),
         ("threads", c_int32),
         ("tokens", c_int64),
         ("row_offset", c_int64),
@@ -96,7 +97,7 @@ def matrix(array: np.ndarray) -> Matrix:
 
 
 def draws(library: Library, seed: int, row: int, cols: range, *place: int) -> np.ndarray:
-    """The 16-bit draws of some columns of a row; place is stream, sample, lane_set."""
+    """The 16-bit draws of some columns of a row; place: stream, sample, strata, lane_set."""
     out = np.empty(len(cols), np.uint16)
     where = (c_int64(row), c_int64(1), c_int64(cols.start), c_int64(len(cols)))
     library.draws(
@@ -114,7 +115,7 @@ def check_known_draws(library: Library, path: Path) -> None:
     known = [[int(word) for word in (*w[1:7], w[8])] for w in lines if w and w[0] == "draw"]
     assert known, f"{path} holds no draws"
     for seed, stream, sample, lane_set, row, col, u in known:
-        found = draws(library, seed, row, range(col, col + 1), stream, sample, lane_set)
+        found = draws(library, seed, row, range(col, col + 1), stream, sample, 1, lane_set)
         assert found[0] == u, (seed, stream, sample, lane_set, row, col, u)
     print(f"{len(known)} known draws agree")
 
@@ -126,7 +127,7 @@ def main() -> None:
         check_known_draws(library, Path(sys.argv[2]))
 
     def numbers(rows: int, cols: int, seed: int) -> np.ndarray:
-        values = draws(library, seed, 0, range(rows * cols), 0, 0, 0)
+        values = draws(library, seed, 0, range(rows * cols), 0, 0, 1, 0)
         centred: np.ndarray = (values / np.float32(32768) - 1).astype(np.float32)
         return centred.reshape(rows, cols)
 
@@ -147,7 +148,7 @@ def main() -> None:
     room = np.empty(size.value + ALIGNMENT, np.uint8)
     packed = c_void_p(room.ctypes.data + -room.ctypes.data % ALIGNMENT)
     library.pack(byref(factors), packed, size)
-    call = Call(VERSION, 0, 0, 0, TOKENS, 0, 0, SEED, gains)
+    call = Call(VERSION, 0, 0, 1, 0, TOKENS, 0, 0, SEED, gains)
     y, s = np.empty((TOKENS, D_OUT), np.float32), np.empty((TOKENS, 2 * RANK), np.float32)
     where = (c_void_p(y.ctypes.data), c_void_p(s.ctypes.data))
     inputs = (byref(matrix(x)), byref(matrix(base)))
@@ -155,7 +156,7 @@ def main() -> None:
 
     expected = base.astype(np.float64)
     for row in range(TOKENS):
-        u = draws(library, SEED, row, range(D_OUT), 0, 0, 0).astype(np.int64)
+        u = draws(library, SEED, row, range(D_OUT), 0, 0, 1, 0).astype(np.int64)
         below = 0
         for j in range(2):
             owned = (below <= u) & (u < limits[j])

@@ -58,6 +58,7 @@ def export(
     weights: Sequence[float] | None = None,
     seed: int | None = None,
     sample: int | None = None,
+    strata: int | None = None,
     rank: int | None = None,
     equal_ranks: bool = False,
     keep_zero_weights: bool | None = None,
@@ -89,8 +90,8 @@ def export(
             1 - 1/K on a layer that K of them adapt.
         weights: a merge weight for each adapter; None takes those of the attachment or injection,
             else 1. An adapter of weight 0 is left out before K is counted.
-        seed, sample: which masks `ortho_rows` draws; None takes those of the attachment or
-            injection, else 0.
+        seed, sample, strata: which masks `ortho_rows` draws; None takes those of the attachment or
+            injection, else 0, 0 and 1.
         rank: reduces every layer to at most that rank; the errors are returned.
         equal_ranks: gives all layers the largest rank by rows of zeros, for readers that know no
             rank_pattern.
@@ -111,7 +112,7 @@ def export(
         raise TypeError(f"dtype must be None or a floating point dtype, got {dtype}")
     folder = Path(path)
     _check_free(folder, force)
-    found = resolve(source, model, adapters, p, weights, seed, sample, keep_zero_weights)
+    found = resolve(source, model, adapters, p, weights, seed, sample, strata, keep_zero_weights)
     parts = None if found.model is None else components(found.model)
     entries = [] if parts is None else named(parts)
     modules = {entry.name: entry.module for entry in entries}
@@ -124,6 +125,7 @@ def export(
         weights=found.weights,
         seed=found.seed,
         sample=found.sample,
+        strata=found.strata,
         rank=rank,
         streams=streams,
         keep_zero_weights=found.keep_zero_weights,
@@ -190,6 +192,7 @@ def _made(
         "mask_stream": mask_stream.VERSION if drawn else None,
         "seed": source.seed if drawn else None,
         "sample": source.sample if drawn else None,
+        **({"strata": source.strata} if drawn and source.strata != 1 else {}),
         "rank": rank,
         "largest_error": largest_error,
         "versions": {

@@ -29,7 +29,7 @@ class Source:
         adapters: in merge order; where they were injected, with their rates and weights.
         model: the base they are for, or None.
         p, weights: one for each, or None.
-        seed, sample: of the masks.
+        seed, sample, strata: of the masks.
         keep_zero_weights: adapters of weight 0 keep their share of the elements.
     """
 
@@ -39,6 +39,7 @@ class Source:
     weights: Sequence[float] | None
     seed: int = 0
     sample: int = 0
+    strata: int = 1
     keep_zero_weights: bool = False
 
 
@@ -50,6 +51,7 @@ def resolve(
     weights: Sequence[float] | None,
     seed: int | None,
     sample: int | None,
+    strata: int | None,
     keep_zero_weights: bool | None,
 ) -> Source:
     """The adapters of a source; what is None is as the attachment or injection has it.
@@ -61,7 +63,7 @@ def resolve(
         if names is not None:
             raise ValueError("adapters: an injection is exported whole; leave the names out")
         one = next(iter(source.layers.values()))
-        fixed = one.seed or 0, one.sample, one.keep_zero_weights
+        fixed = one.seed or 0, one.sample, one.strata, one.keep_zero_weights
         found = Source(_injected(source), source.model, p, weights, *fixed)
     elif isinstance(source, Attachment) or is_model(source):
         root = source.model if isinstance(source, Attachment) else source
@@ -72,7 +74,12 @@ def resolve(
         raise ValueError("adapters can be chosen of a module only; give the list that you want")
     else:
         found = Source(checked_adapters(source, "source"), model, p, weights)
-    given: dict[str, Any] = {"seed": seed, "sample": sample, "keep_zero_weights": keep_zero_weights}
+    given: dict[str, Any] = {
+        "seed": seed,
+        "sample": sample,
+        "strata": strata,
+        "keep_zero_weights": keep_zero_weights,
+    }
     return replace(found, **{name: value for name, value in given.items() if value is not None})
 
 
@@ -106,6 +113,7 @@ def _of_model(
         weights if weights is not None else choice.weights,
         shared.seed or 0,
         shared.sample,
+        shared.strata,
         shared.keep_zero_weights,
     )
 

@@ -141,6 +141,7 @@ def _export(args: argparse.Namespace, config: MergeConfig, progress: Progress) -
         p=config.p,
         weights=config.weights,
         seed=config.seed,
+        strata=config.strata,
         rank=args.rank,
         equal_ranks=not args.mixed_ranks,
         model=model,

@@ -81,6 +81,7 @@ def _settings(config: MergeConfig, method: str) -> dict[str, Any]:
         "weights": config.of_on(config.weights),
         "method": method,
         "seed": config.seed,
+        "strata": config.strata,
         "backend": config.backend,
     }
 
@@ -98,6 +99,7 @@ def _made(
         "weights": config.weights,
         "p": config.p,
         "seed": config.seed,
+        "strata": config.strata,
         "texts": list(config.texts),
         "tokens": [x.numel() for x in tokens],
         "losses": losses,
@@ -173,7 +175,8 @@ def generate(model: Any, tokenizer: Any, ids: Tensor, config: MergeConfig) -> st
 def as_text(result: dict[str, Any]) -> str:
     """The comparison as a table, and the continuations below it."""
     weights = weights_text(result["adapters"], result["weights"])
-    parts = [f"{result['model']} with {weights}; seed {result['seed']}"]
+    strata = f", {result['strata']} strata" if result["strata"] != 1 else ""
+    parts = [f"{result['model']} with {weights}; seed {result['seed']}{strata}"]
     if result["texts"]:
         names = [Path(name).name for name in result["texts"]]
         rows = [[key, *_cells(rows)] for key, rows in result["losses"].items()]

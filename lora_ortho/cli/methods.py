@@ -51,7 +51,7 @@ def _line(name: str, method: Method) -> str:
     """One line: the name, what it needs and gives, whether it draws, when to use it."""
     found = [f"needs {method.needs}", _GIVES[method.gives]]
     if method.draws:
-        found.append("drawn by seed and sample")
+        found.append("drawn by seed, sample and strata")
     if method.parameters:
         found.append(", ".join(f"{key}={value!r}" for key, value in method.parameters.items()))
     return f"{name:<17} {'; '.join(found)}; when {method.when}"

@@ -14,7 +14,8 @@ from lora_ortho.module import Adapter
 
 from .factors import rule_of
 
-COORDINATES = ("seed", "stream", "sample")  # of a draw; a function that draws takes all of them
+# Of a draw; a function that draws takes all of them.
+COORDINATES = ("seed", "stream", "sample", "strata")
 _PER_TOKEN = ("orthogonal", "dropout")
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
@@ -53,7 +54,7 @@ class Method:
 
     @property
     def draws(self) -> bool:
-        """Whether the result depends on seed, stream and sample."""
+        """Whether the result depends on where in the mask stream it is drawn."""
         return self.masks != "direct"
 
     @property
@@ -72,7 +73,14 @@ class Method:
         rule_of(adapters, self.masks)
 
     def factors(
-        self, adapters: Sequence[Adapter], *, seed: int, stream: int, sample: int, **parameters: Any
+        self,
+        adapters: Sequence[Adapter],
+        *,
+        seed: int,
+        stream: int,
+        sample: int,
+        strata: int = 1,
+        **parameters: Any,
     ) -> Adapter:
         """The merge as one adapter of scaling 1; ValueError where it is a dense weight."""
         if self.gives is not Gives.FACTORS:
@@ -80,21 +88,28 @@ class Method:
                 f"method {self.name!r} gives a dense weight, which no adapter holds; "
                 f"lora_ortho.plugins.weights adds it to the weights of a base model"
             )
-        merged: Adapter = self._call(adapters, (seed, stream, sample), parameters)
+        merged: Adapter = self._call(adapters, (seed, stream, sample, strata), parameters)
         return merged
 
     def difference(
-        self, adapters: Sequence[Adapter], *, seed: int, stream: int, sample: int, **parameters: Any
+        self,
+        adapters: Sequence[Adapter],
+        *,
+        seed: int,
+        stream: int,
+        sample: int,
+        strata: int = 1,
+        **parameters: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """What the merge adds to weight (d_out, d_in) and bias (d_out,); None for no bias."""
-        merged = self._call(adapters, (seed, stream, sample), parameters)
+        merged = self._call(adapters, (seed, stream, sample, strata), parameters)
         if self.gives is Gives.FACTORS:
             return merged.lora_B @ merged.lora_A, merged.bias
         weight, bias = merged
         return weight, bias
 
     def _call(
-        self, adapters: Sequence[Adapter], draw: tuple[int, int, int], parameters: dict[str, Any]
+        self, adapters: Sequence[Adapter], draw: tuple[int, ...], parameters: dict[str, Any]
     ) -> Any:
         self._check_parameters(parameters)
         place = dict(zip(COORDINATES, draw, strict=True)) if self.draws else {}

@@ -24,6 +24,7 @@ def merge_adapters(
     weights: Sequence[float] | None = None,
     seed: int = 0,
     sample: int = 0,
+    strata: int = 1,
     rank: int | None = None,
     streams: Mapping[str, int] | None = None,
     keep_zero_weights: bool = False,
@@ -41,7 +42,7 @@ def merge_adapters(
         p: a dropout rate for each adapter; None takes what each has, which is None for those that
             were read: 1 - 1/K on a layer that K of them adapt.
         weights: a merge weight for each adapter; None takes what each has, 1 for those read.
-        seed, sample: which masks are drawn; each layer has its own stream.
+        seed, sample, strata: which masks are drawn; each layer has its own stream.
         rank: reduces every layer to at most that rank.
         streams: of the layers in the model that they are for, which differ from those of the names
             alone where two modules' clash; None takes those of the names.
@@ -70,7 +71,7 @@ def merge_adapters(
         chosen = parts_of(name, adapters, rates, gains, keep_zero_weights)
         if not chosen:
             continue
-        place = {"seed": seed, "stream": streams[name], "sample": sample}
+        place = {"seed": seed, "stream": streams[name], "sample": sample, "strata": strata}
         try:
             layers[name], errors[name] = merge.factors(chosen, **place, **parameters), 0.0
             if rank is not None:

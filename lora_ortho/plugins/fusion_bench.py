@@ -29,11 +29,11 @@ class LoraOrtho(BaseAlgorithm):  # type: ignore[misc]
         p: a dropout rate for each adapter, in the pool's order; None is 1 - 1/K of those on a
             layer.
         weights: a merge weight for each; None is 1.
-        seed, sample: of the masks. A layer's stream is that of its name.
+        seed, sample, strata: of the masks. A layer's stream is that of its name.
     """
 
     _config_mapping = BaseAlgorithm._config_mapping | {
-        name: name for name in ("merge_method", "p", "weights", "seed", "sample")
+        name: name for name in ("merge_method", "p", "weights", "seed", "sample", "strata")
     }
 
     def __init__(
@@ -43,6 +43,7 @@ class LoraOrtho(BaseAlgorithm):  # type: ignore[misc]
         weights: Sequence[float] | None = None,
         seed: int = 0,
         sample: int = 0,
+        strata: int = 1,
         **kwargs: Any,
     ) -> None:
         unknown = kwargs.keys() - set(BaseAlgorithm._config_mapping.values())
@@ -54,7 +55,7 @@ class LoraOrtho(BaseAlgorithm):  # type: ignore[misc]
         self.merge_method = merge_method
         self.p = None if p is None else [float(rate) for rate in p]
         self.weights = None if weights is None else [float(weight) for weight in weights]
-        self.seed, self.sample = seed, sample
+        self.seed, self.sample, self.strata = seed, sample, strata
 
     def run(self, modelpool: Any) -> nn.Module:
         """The pretrained model with every adapter of the pool merged in.
@@ -83,4 +84,5 @@ class LoraOrtho(BaseAlgorithm):  # type: ignore[misc]
             self.weights,
             seed=self.seed,
             sample=self.sample,
+            strata=self.strata,
         )

@@ -54,6 +54,7 @@ class _Plan(NamedTuple):
     p: list[float] | None
     weights: list[float]
     seed: int
+    strata: int
 
 
 @functools.lru_cache(maxsize=4)
@@ -61,7 +62,7 @@ def _plan(path: str, stamp: tuple[int, int]) -> _Plan:
     """The adapters of a TOML file, read once as long as the file does not change."""
     config = read_config(Path(path))
     adapters = tuple(config.load_adapters())
-    return _Plan(adapters, config.p, config.weights, config.seed)
+    return _Plan(adapters, config.p, config.weights, config.seed, config.strata)
 
 
 @functools.lru_cache(maxsize=4)
@@ -138,7 +139,12 @@ def _check_all_are_used(plan_key: tuple[str, tuple[int, int]], base: Hashable) -
     contract=InputContract(base=BasePolicy.REQUIRED, max_inputs=1),
 )
 def lora_ortho(
-    group: TensorGroup, loras: str, method: str = "ortho_rows", seed: int = 0, sample: int = 0
+    group: TensorGroup,
+    loras: str,
+    method: str = "ortho_rows",
+    seed: int = 0,
+    sample: int = 0,
+    strata: int = 1,
 ) -> torch.Tensor:
     """A weight of the base with the adapters merged in; weights without adapters as they are.
 
@@ -149,7 +155,7 @@ def lora_ortho(
         group: one weight of the base model.
         loras: path of a TOML file with [[loras]] tables.
         method: a name of `lora_ortho.merges.METHODS`.
-        seed, sample: of the masks.
+        seed, sample, strata: of the masks.
     Raises:
         ValueError: what does not fit, by name; adapters for layers that the base does not have.
     """
@@ -157,8 +163,12 @@ def lora_ortho(
     status = os.stat(loras)
     key = (loras, (status.st_mtime_ns, status.st_size))
     plan = _plan(*key)
-    if plan.seed not in (0, seed):  # 0 is what a file has that names none
-        raise ValueError(f"{loras} has seed = {plan.seed}, the parameters have {seed}")
+    for name, own, default, given in (
+        ("seed", plan.seed, 0, seed),
+        ("strata", plan.strata, 1, strata),
+    ):
+        if own not in (default, given):  # the default is what a file has that names none
+            raise ValueError(f"{loras} has {name} = {own}, the parameters have {given}")
     entry = group.entries[0]
     _check_all_are_used(key, entry.id)
     layer, _, kind = (group.metadata.name or "").rpartition(".")
@@ -180,6 +190,7 @@ def lora_ortho(
             seed=seed,
             stream=streams[layer],
             sample=sample,
+            strata=strata,
             transposed=turned,
         )
     except ValueError as error:

@@ -52,6 +52,7 @@ def merged(
     seed: int,
     stream: int,
     sample: int = 0,
+    strata: int = 1,
     transposed: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """One layer's weight and bias with its adapters merged in; the given ones are not modified.
@@ -63,7 +64,7 @@ def merged(
         method: a name of ``lora_ortho.merges.METHODS``. The coordinates of an owner are, for
             `ortho_rows`, row 0 and the output feature as column; for `element_disjoint` the output
             feature as row and the input feature as column, a bias being column d_in.
-        seed, stream, sample: of the mask stream.
+        seed, stream, sample, strata: of the mask stream.
         transposed: the weight is that of a Conv1D of transformers, (d_in, d_out).
     Returns:
         Both in the dtype of the given ones, rounded once.
@@ -75,7 +76,8 @@ def merged(
     _check(weight, bias, adapters, transposed)
     if not adapters:
         return weight.clone(), None if bias is None else bias.clone()
-    delta, extra = merge.difference(adapters, seed=seed, stream=stream, sample=sample)
+    place = {"seed": seed, "stream": stream, "sample": sample, "strata": strata}
+    delta, extra = merge.difference(adapters, **place)
     delta = delta.T if transposed else delta
     return _sum(weight, delta), bias if bias is None or extra is None else _sum(bias, extra)
 
@@ -111,6 +113,7 @@ def merge_into(
     *,
     seed: int = 0,
     sample: int = 0,
+    strata: int = 1,
 ) -> nn.Module:
     """Adapters merged into the linear layers of a model, in place.
 
@@ -123,7 +126,7 @@ def merge_into(
         method: a name of ``lora_ortho.merges.METHODS``.
         p: a dropout rate for each adapter; None is 1 - 1/K of those on a layer.
         weights: a merge weight for each; None is 1.
-        seed, sample: of the masks. A layer's stream is that of its name.
+        seed, sample, strata: of the masks. A layer's stream is that of its name.
     Returns:
         The model.
     Raises:
@@ -143,6 +146,7 @@ def merge_into(
                 seed=seed,
                 stream=stream,
                 sample=sample,
+                strata=strata,
                 transposed=lies_transposed(layer),
             )
             layer.weight.copy_(weight)

@@ -86,6 +86,45 @@ def test_an_injection_is_exported_as_it_is(tmp_path: Path) -> None:
                 assert torch.equal(getattr(one.layers[name], field), getattr(part, field))
 
 
+def test_strata_are_exported(tmp_path: Path) -> None:
+    """Those of the attachment, the injection or the call; named in the header where not 1."""
+    model = make()
+    for name in ("one", "two"):
+        make(name).save_pretrained(tmp_path)
+    given: Any = {"seed": 7, "sample": 6, **SETTINGS}
+    export(model, tmp_path / "plain", "ortho_rows", **given)
+    export(model, tmp_path / "wanted", "ortho_rows", strata=4, **given)
+    export(model, tmp_path / "direct", "direct", strata=4, **given)
+    with attach(model, seed=7, strata=4, **SETTINGS) as handle:
+        handle.set(sample=6)
+        export(handle, tmp_path / "attached", "ortho_rows")
+        export(handle, tmp_path / "other", "ortho_rows", strata=1)
+    loaded = [load_adapter(tmp_path / name) for name in ("one", "two")]
+    export(loaded, tmp_path / "loaded", "ortho_rows", strata=4, **given)
+    base = Small()
+    with inject(base, loaded, seed=7, strata=4, **SETTINGS) as injection:
+        injection.set(sample=6)
+        export(injection, tmp_path / "injected", "ortho_rows")
+    stream = assign_streams(["down", "image", "up"])["up"]
+    rates = SETTINGS["p"]
+    owner = mask_stream.winners(7, range(1), range(10), rates, stream=stream, sample=6, strata=4)
+    deltas = {name: deltas_of(tmp_path / name) for name in ("plain", "wanted", "attached", "other")}
+    assert torch.equal((deltas["wanted"]["up"] == 0).all(1), owner[0] == -1)
+    for name in deltas["wanted"]:
+        assert torch.equal(deltas["attached"][name], deltas["wanted"][name])
+        assert torch.equal(deltas["other"][name], deltas["plain"][name])
+        assert torch.equal(
+            deltas_of(tmp_path / "injected")[name], deltas_of(tmp_path / "loaded")[name]
+        )
+    assert not torch.equal(deltas["plain"]["up"], deltas["wanted"]["up"])
+    told = {"plain": None, "wanted": 4, "direct": None, "attached": 4, "injected": 4}
+    for name, strata in told.items():
+        with safe_open(tmp_path / name / "adapter_model.safetensors", "pt") as file:
+            assert json.loads(file.metadata()["lora_ortho"]).get("strata") == strata
+    wrong: Any = {"method": "ortho_rows", "strata": 0}
+    refused(tmp_path, model, ValueError, "strata must be in [1, 65536], got 0", **wrong)
+
+
 def test_weight_0_is_off(tmp_path: Path) -> None:
     """Left out before K is counted; a layer that only such adapters adapt is left out."""
     model = make("one", "two", "three")

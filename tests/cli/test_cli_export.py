@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 from commands import fails
-from merge_folder import save_merge
+from merge_folder import changed, save_merge
+from safetensors import safe_open
 
 import lora_ortho
 from lora_ortho.cli import main
@@ -47,6 +48,15 @@ def test_export(
     result = json.loads(capsys.readouterr().out)
     assert set(result["ranks"].values()) == {3}
     assert all(0 < error < 1 for error in result["errors"].values())
+
+
+def test_the_header_names_strata(workplace: Path, tmp_path: Path) -> None:
+    file = changed(workplace, ("samples", "strata = 4"))
+    arguments = ["merge", str(file), "--export", str(tmp_path / "x"), "--quiet"]
+    assert main([*arguments, "--method", "ortho_rows"]) == 0
+    with safe_open(tmp_path / "x" / "adapter_model.safetensors", "pt") as opened:
+        made = json.loads(opened.metadata()["lora_ortho"])
+    assert (made["sample"], made["strata"]) == (0, 4)
 
 
 @pytest.mark.parametrize("method", ["orthogonal", "dropout", "ties", "element_disjoint"])

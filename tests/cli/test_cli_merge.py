@@ -56,9 +56,11 @@ def run(workplace: Path, capsys: pytest.CaptureFixture[str]) -> Run:
     return call
 
 
-def test_language_model_by_every_method(workplace: Path, run: Run) -> None:
+@pytest.mark.parametrize("strata", [1, 2])
+def test_language_model_by_every_method(workplace: Path, run: Run, strata: int) -> None:
     """Every loss equals one taken here from the model and the formula's own layers."""
-    found = run()
+    found = run(samples=f"samples = 3\nstrata = {strata}")
+    assert found["strata"] == strata
     model: Any = language_model()
     adapters = [lora_ortho.load_adapter(workplace / name, model) for name in ("one", "two")]
     ids = torch.tensor([[3 + j for j in range(len(WORDS))] * 3])
@@ -74,6 +76,7 @@ def test_language_model_by_every_method(workplace: Path, run: Run) -> None:
             wanted[f"{name} alone"] = [loss()]
     for method in ("direct", "dropout", "orthogonal"):
         settings: Any = {"p": [0.5, 0.5], "weights": [1.0, 0.5], "method": method, "seed": 0}
+        settings["strata"] = strata
         with lora_ortho.inject(model, adapters, backend="reference", **settings) as handle:
             wanted[method] = []
             for sample in range(1 if method == "direct" else 3):

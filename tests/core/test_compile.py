@@ -86,6 +86,7 @@ class Counted:
 
 VALUES: dict[str, Sequence[Any]] = {
     "sample": [0, 1, 2, 7, 1000, 2**24 - 1],
+    "strata": [1, 2, 3, 65536, 7, 4],
     "seed": [0, 1, -5, 2**63 - 1, 2**64 - 1, 3],
     "weights": [[1.0, 1.0], [0.5, 2.0], [-1.0, 0.25], [3.0, 1e-9], [0.1, 0.2], [7.0, 8.0]],
 }
@@ -96,6 +97,7 @@ VALUES: dict[str, Sequence[Any]] = {
 @pytest.mark.parametrize("make", MADE)
 def test_no_setting_compiles_again(make: Any, what: str, grad: bool) -> None:
     model, change = make()
+    change(sample=5)
     counted, seen = Counted(model), []
     with torch.set_grad_enabled(grad):
         for value in VALUES[what]:
@@ -153,16 +155,16 @@ def test_any_number_of_tokens_in_one_graph(make: Any, grad: bool) -> None:
     assert counted.graphs == 2
 
 
-@pytest.mark.parametrize("name", ["stream", "sample", "row_offset", "col_offset", "seed"])
+@pytest.mark.parametrize("name", ["stream", "sample", "strata", "row_offset", "col_offset", "seed"])
 def test_plain_ints_given_to_the_op(name: str) -> None:
     """Once as a constant, once as a number that may change (0 and 1 are torch's own cases)."""
     A, B = torch.randn(4, 8), torch.randn(8, 4)
 
     def call(x: Tensor, value: int) -> Tensor:
-        return fused_ortho_lora(x, [A, A], [B, B], **{"seed": 3, name: value})
+        return fused_ortho_lora(x, [A, A], [B, B], **{"seed": 3, "sample": 7, name: value})
 
     counted = Counted(call)
-    for value in (5, 6, 9, 100, 1000, 12345, 0, 1):
+    for value in (5, 6, 9, 100, 1000, 12345, 1, *([] if name == "strata" else [0])):
         counted.check(X, value)
     assert counted.graphs <= 3
 

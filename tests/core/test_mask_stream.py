@@ -44,6 +44,18 @@ def test_golden_draws() -> None:
     assert {int(arguments[3]) for arguments, _ in lines} == set(range(256))
 
 
+def test_golden_strata() -> None:
+    lines = golden_lines("strata")
+    assert len(lines) == 114
+    for arguments, results in lines:
+        seed, stream, sample, strata, lane_set, row, col = map(int, arguments)
+        found = mask_stream.draws(
+            seed, [row], [col], stream=stream, sample=sample, strata=strata, lane_set=lane_set
+        )
+        assert found.tolist() == [[int(results[0])]], arguments
+    assert {int(arguments[3]) for arguments, _ in lines} >= {1, 2, 3, 65535, 65536}
+
+
 def test_golden_blocks() -> None:
     for arguments, results in golden_lines("block"):
         seed, stream, sample, lane_set, row, rows, col, cols = map(int, arguments)
@@ -146,6 +158,7 @@ def test_python_and_compiled_draws_agree_on_a_hundred_million() -> None:
         seed = below(1 << 62) * (-1 if block % 2 else 1)
         row, col = below((1 << 32) - height), below((1 << 35) - width)
         stream, sample, lane_set = below(1 << 32), below(1 << 24), below(1 << 8)
+        strata = 1 + below(1 << 16) * (block % 2)
         if block == 0:
             row, col, stream, sample, lane_set = 0, 0, 0, 0, 0
         if block == 1:
@@ -155,13 +168,15 @@ def test_python_and_compiled_draws_agree_on_a_hundred_million() -> None:
             row, col = (1 << 31) - height // 2, (1 << 32) - width // 2
         compiled = torch.empty((height, width), dtype=torch.int16)
         key = seed % (1 << 64)
-        _C.draws(key, row, height, col, width, stream, sample, lane_set, compiled.data_ptr())
+        place = (stream, sample, strata, lane_set)
+        _C.draws(key, row, height, col, width, *place, compiled.data_ptr())
         drawn = mask_stream.draws(
             seed,
             range(row, row + height),
             range(col, col + width),
             stream=stream,
             sample=sample,
+            strata=strata,
             lane_set=lane_set,
         )
         assert torch.equal(drawn.to(torch.int16), compiled)

@@ -57,6 +57,8 @@ def test_no_rate_and_no_name(tmp_path: Path) -> None:
     assert config.p is None
     assert config.names == ["yarn"]
     assert config.weights == [1.0]
+    assert (config.samples, config.strata) == (4, 1)
+    assert parse(tmp_path, f"strata = 65536\n{LORA}").strata == 65536
 
 
 LORA = '[[loras]]\nfile_path = "x"\n'
@@ -84,6 +86,9 @@ LORA = '[[loras]]\nfile_path = "x"\n'
         ),
         (f"batch_size = 0\n{LORA}", "batch_size must be at least 1, got 0"),
         (f"steps = 1.5\n{LORA}", "steps must be an integer, got 1.5"),
+        (f"strata = 0\n{LORA}", r"strata must be in \[1, 65536\], got 0"),
+        (f"strata = 65537\n{LORA}", r"strata must be in \[1, 65536\], got 65537"),
+        (f"strata = 2.0\n{LORA}", "strata must be an integer, got 2.0"),
         (f'kind = "audio"\n{LORA}', "kind must be one of language, image, got 'audio'"),
         (f'methods = ["ortho"]\n{LORA}', "methods must be some of orthogonal, dropout, direct"),
         (f"methods = []\n{LORA}", "methods must be some of"),

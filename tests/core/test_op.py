@@ -33,7 +33,7 @@ def test_defaults_are_equal_rates_and_unit_weights(server: Server) -> None:
     short = fused_ortho_lora(*tensors[:3], seed=3, backend=server.backend)
     full = fused_ortho_lora(
         *tensors[:3], p=p, scaling=ones, weights=ones, method="orthogonal", base=None, seed=3,
-        stream=0, sample=0, row_offset=0, col_offset=0, backend=server.backend,
+        stream=0, sample=0, strata=1, row_offset=0, col_offset=0, backend=server.backend,
     )  # fmt: skip
     assert torch.equal(short, full)
     thresholds, keep = mask_stream.thresholds(p, "orthogonal")
@@ -156,11 +156,11 @@ def test_every_coordinate_matters(server: Server) -> None:
     tensors = make(CASE, torch.float32)
 
     def call(**place: int) -> torch.Tensor:
-        return fused_ortho_lora(*tensors[:3], **{"seed": 1, **place}, backend=server.backend)
+        given = {"seed": 1, "sample": 1, **place}
+        return fused_ortho_lora(*tensors[:3], **given, backend=server.backend)
 
-    outputs = [call()] + [
-        call(**{name: 2}) for name in ("seed", "stream", "sample", "row_offset", "col_offset")
-    ]
+    names = ("seed", "stream", "sample", "strata", "row_offset", "col_offset")
+    outputs = [call(), *(call(**{name: 2}) for name in names)]
     for i, first in enumerate(outputs):
         for second in outputs[:i]:
             assert not torch.equal(first, second)

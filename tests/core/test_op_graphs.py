@@ -39,7 +39,7 @@ def test_opcheck(backend: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("draw", Draw)
 def test_constants_come_back_from_the_schema(draw: Draw) -> None:
-    constants = Constants(draw, ((0, 7), (8, 65535)), Place(1, 2, 3, 4), "cpu", True)
+    constants = Constants(draw, ((0, 7), (8, 65535)), Place(1, 2, 3, 4, 5), "cpu", True)
     assert Constants.of(*constants.flat()) == constants
     assert Constants.of(*constants.flat()).draw is draw
 

@@ -40,12 +40,27 @@ def test_intervals_of_each_draw() -> None:
 @pytest.mark.parametrize("method", METHODS)
 def test_masks_are_those_of_the_method(method: str, rates: str) -> None:
     rule, thresholds = rule_of(method, RATES[rates])
-    place = Place(stream=3, sample=5, row_offset=7, col_offset=13)
+    place = Place(stream=3, sample=5, strata=4, row_offset=7, col_offset=13)
     found = masks(problem_of(rule), 50, -9, place, torch.device("cpu"))
     wanted = mask_stream.masks(
-        -9, range(7, 57), range(13, 53), thresholds, method, stream=3, sample=5
+        -9, range(7, 57), range(13, 53), thresholds, method, stream=3, sample=5, strata=4
     )
     assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("sample", "strata", "block", "rotation"),
+    [
+        (5, 1, 5, 0),
+        (5, 2, 2, 32768),
+        (5, 3, 1, 43690),
+        (65535, 65536, 0, 65535),
+        ((1 << 24) - 1, 65535, 256, 255),
+    ],
+)
+def test_block_and_rotation(sample: int, strata: int, block: int, rotation: int) -> None:
+    place = Place(sample=sample, strata=strata)
+    assert (place.block, place.rotation) == (block, rotation)
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -53,6 +53,7 @@ Made = tuple[nn.Module, Net, Set]
 def settings_of(draw: int) -> dict[str, dict[str, Any]]:
     return {
         "sample": {"sample": draw},
+        "strata": {"sample": 5, "strata": 1 + draw},
         "seed": {"seed": draw},
         "weights": {"weights": [1.0, (draw + 1) / 4]},
         "method": {"method": ["direct", "orthogonal"][draw % 2]},
@@ -94,9 +95,9 @@ def modules(what: str) -> Made:
         setattr(net, name, FusedOrthoLoRALinear(base, pair, seed=0, trainable=True))
 
     def change(draw: int) -> None:
-        ((name, value),) = settings_of(draw)[what].items()
-        for layer in (net.a, net.b):
-            setattr(layer, name, value)
+        for name, value in settings_of(draw)[what].items():
+            for layer in (net.a, net.b):
+                setattr(layer, name, value)
 
     return net, net, change
 
@@ -119,7 +120,7 @@ def gradients(made: Made, reentrant: bool | None, each: bool, at_once: bool) -> 
     return torch.cat([grad.flatten() for grad in found if grad is not None])
 
 
-@pytest.mark.parametrize("what", ["sample", "seed", "weights", "method", "p"])
+@pytest.mark.parametrize("what", ["sample", "strata", "seed", "weights", "method", "p"])
 @pytest.mark.parametrize("make", [attached, injected, modules])
 @pytest.mark.parametrize("each", [False, True], ids=["one block", "two blocks"])
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -208,9 +209,10 @@ def test_a_foreign_checkpoint_whose_pass_is_the_only_one_open(seed: int | None) 
 def test_a_change_is_refused_where_the_pass_cannot_be_told() -> None:
     layer = own_layer(seed=4)
     first = own_loss(layer, wrapped=True)
-    layer.sample, layer.weights = 3, [1.0, 2.0]
+    layer.sample, layer.strata, layer.weights = 3, 2, [1.0, 2.0]
     second = own_loss(layer, wrapped=True)
-    with pytest.raises(RuntimeError, match=r"weights .* sample \(0 to 3\) changed between forward"):
+    words = r"weights .* sample \(0 to 3\), strata \(1 to 2\) changed between forward"
+    with pytest.raises(RuntimeError, match=words):
         (first + second).backward()
 
 
@@ -248,7 +250,7 @@ def nested(outer: bool, inner: bool) -> Callable[[Any, Any, Tensor], Tensor]:
     return run
 
 
-@pytest.mark.parametrize("what", ["sample", "seed", "weights", "method", "p"])
+@pytest.mark.parametrize("what", ["sample", "strata", "seed", "weights", "method", "p"])
 @pytest.mark.parametrize("inner", [False, True])
 @pytest.mark.parametrize("outer", [False, True])
 def test_nested_checkpoints(outer: bool, inner: bool, what: str) -> None:
@@ -325,7 +327,7 @@ def compiled(what: str) -> Made:
 
 
 @pytest.mark.usefixtures("_fresh_compiler")
-@pytest.mark.parametrize("what", ["sample", "seed", "weights"])
+@pytest.mark.parametrize("what", ["sample", "strata", "seed", "weights"])
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_a_compiled_block_under_a_checkpoint(reentrant: bool, what: str) -> None:
     """Right where nothing changes before backward, else refused: torch saves the inputs first."""
@@ -337,7 +339,7 @@ def test_a_compiled_block_under_a_checkpoint(reentrant: bool, what: str) -> None
 
 
 @pytest.mark.usefixtures("_fresh_compiler")
-@pytest.mark.parametrize("what", ["sample", "seed", "weights"])
+@pytest.mark.parametrize("what", ["sample", "strata", "seed", "weights"])
 def test_a_compiled_model_with_its_checkpoints(what: str) -> None:
     """A pass keeps what it used: the tensors that it was given are never written over."""
     model, net, change = modules(what)

@@ -171,6 +171,9 @@ def test_rates_may_be_set() -> None:
     [
         ("sample", -3, ValueError, r"sample must be in \[0, 2\*\*24\), got -3"),
         ("sample", 1.5, TypeError, "sample must be an int, got float"),
+        ("strata", 0, ValueError, r"strata must be in \[1, 65536\], got 0"),
+        ("strata", 65537, ValueError, r"strata must be in \[1, 65536\], got 65537"),
+        ("strata", "4", TypeError, "strata must be an int, got str"),
         ("stream", 2**32, ValueError, r"stream must be in \[0, 2\*\*32\)"),
         ("seed", "3", TypeError, "seed must be an int or an int64 tensor, got str"),
         ("seed", True, TypeError, "seed must be an int"),
@@ -200,17 +203,20 @@ def test_wrong_settings_are_refused_at_once(
 def test_numpy_integers_are_integers(kind: Any) -> None:
     parts = adapters()
     factors = [a.lora_A for a in parts], [a.lora_B for a in parts]
-    plain = fused_ortho_lora(X, *factors, seed=3, stream=4, sample=5, row_offset=6, col_offset=7)
+    offsets = {"row_offset": 6, "col_offset": 7}
+    plain = fused_ortho_lora(X, *factors, seed=3, stream=4, sample=5, strata=3, **offsets)
     given = {"seed": kind(3), "stream": kind(4), "sample": kind(5)}
-    given |= {"row_offset": kind(6), "col_offset": kind(7)}
+    given |= {"strata": kind(3), "row_offset": kind(6), "col_offset": kind(7)}
     assert torch.equal(fused_ortho_lora(X, *factors, **given), plain)
     layer = FusedOrthoLoRALinear(nn.Linear(D_IN, D_OUT), parts, seed=kind(3), stream=kind(4))
-    layer.sample = kind(5)
-    assert (type(layer.seed), type(layer.stream), type(layer.sample)) == (int, int, int)
-    expected = fused_ortho_lora(X, *factors, base=layer.base(X), seed=3, stream=4, sample=5)
+    layer.sample, layer.strata = kind(5), kind(3)
+    kinds = [type(getattr(layer, name)) for name in ("seed", "stream", "sample", "strata")]
+    assert kinds == [int] * 4
+    given = {"seed": 3, "stream": 4, "sample": 5, "strata": 3}
+    expected = fused_ortho_lora(X, *factors, base=layer.base(X), **given)
     assert torch.equal(layer(X), expected)
     for _, handle, _ in handles([1.0, 1.0, 1.0]):
-        handle.set(seed=kind(3), sample=kind(2))
+        handle.set(seed=kind(3), sample=kind(2), strata=kind(4))
 
 
 def test_settings_that_fit_together_need_not_fit_one_by_one() -> None:

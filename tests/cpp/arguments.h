@@ -90,7 +90,7 @@ struct Arguments {
                                   thresholds,
                                   A,
                                   B};
-    lora_ortho_call call = {LORA_ORTHO_STRUCT_VERSION, 0, 0, 0, kTokens, 0, 0, 0, gains};
+    lora_ortho_call call = {LORA_ORTHO_STRUCT_VERSION, 0, 0, 1, 0, kTokens, 0, 0, 0, gains};
     lora_ortho_matrix x = {data, kIn, 1, LORA_ORTHO_FLOAT32};
     lora_ortho_matrix base = {data, kOut, 1, LORA_ORTHO_FLOAT32};
     alignas(64) unsigned char packed[2048];

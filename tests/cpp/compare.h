@@ -54,3 +54,11 @@ inline void compare_all(const Layer& l, const Formula& f, const Outputs& out, bo
     compare("grad_gains", out.grad_gains, LORA_ORTHO_FLOAT64, f.grad_gains, exact,
             sums * longest + 2 * once);
 }
+
+// What the masks of a spelling_layer decide, each exact in any dtype: y, grad_B, and of grad_s,
+// which counts elements, the sum over the tokens.
+inline void compare_spelled(const Layer& l, const Formula& f, const Outputs& out) {
+    compare("y", out.y, l.shape.dtype, f.y, true, 0.0);
+    compare("grad_B", out.grad_B, l.shape.factor_dtype, f.grad_B, true, 0.0);
+    compare("grad_gains", out.grad_gains, LORA_ORTHO_FLOAT64, f.grad_gains, true, 0.0);
+}

@@ -99,6 +99,7 @@ struct Arguments {
                    A,
                    B};
         call.struct_version = LORA_ORTHO_STRUCT_VERSION;
+        call.strata = 1;
         call.tokens = 3;
         call.gains = reinterpret_cast<const float*>(memory);
         x = base = grad = {memory, 4, 1, LORA_ORTHO_FLOAT32};

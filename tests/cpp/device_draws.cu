@@ -14,7 +14,7 @@ static inline LORA_ORTHO_HD std::uint32_t element(int row, int col,
                                                   const std::uint32_t* thresholds) {
     const std::uint32_t draw =
         lora_ortho_draw(kSeed, 0xfffffe00u + static_cast<std::uint32_t>(row),
-                        (1ull << 34) + static_cast<std::uint64_t>(col), 7, 0xffffff, 255);
+                        (1ull << 34) + static_cast<std::uint64_t>(col), 7, 0xffffff, 7, 255);
     return (static_cast<std::uint32_t>(lora_ortho_owner(draw, thresholds, 3)) << 16) | draw;
 }
 
@@ -30,7 +30,10 @@ static int host_failures() {
                                       2939, 49830, 720,   14368, 29961};
     int failures = 0;
     for (std::uint64_t col = 0; col < 10; ++col) {
-        failures += lora_ortho_draw(0x0123456789abcdefull, 0, col, 0, 0, 0) != expected[col];
+        failures += lora_ortho_draw(0x0123456789abcdefull, 0, col, 0, 0, 1, 0) != expected[col];
+        // The second of two strata: the same draws, half of their range on.
+        failures += lora_ortho_draw(0x0123456789abcdefull, 0, col, 0, 1, 2, 0) !=
+                    (expected[col] + 32768) % 65536;
     }
     return failures;
 }

@@ -57,7 +57,7 @@ struct Bytes {
 };
 
 void change(Arguments& a, Bytes& from) {
-    switch (from.byte() % 24) {
+    switch (from.byte() % 25) {
         case 0: a.factors.adapters = static_cast<std::int32_t>(from.number()); break;
         case 1: a.factors.d_in = from.number(); break;
         case 2: a.factors.d_out = from.number(); break;
@@ -83,6 +83,7 @@ void change(Arguments& a, Bytes& from) {
             from.pointer(from.byte() % 3 == 0 ? a.grad_x : from.byte() % 2 ? a.grad_A : a.grad_B);
             break;
         case 22: a.factor_dtype = static_cast<std::int32_t>(from.number()); break;
+        case 23: a.call.strata = static_cast<std::uint32_t>(from.number()); break;
         default: a.factors.struct_version = static_cast<std::uint32_t>(from.number());
     }
 }

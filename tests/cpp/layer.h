@@ -143,7 +143,8 @@ struct Shape {
         std::ostringstream out;
         out << "method " << method << " dtype " << dtype << " tokens " << tokens << " d_in " << d_in
             << " d_out " << d_out << " row_offset " << call.row_offset << " col_offset "
-            << call.col_offset << " ranks";
+            << call.col_offset << " sample " << call.sample << " strata " << call.strata
+            << " ranks";
         for (const std::int64_t rank : ranks) out << " " << rank;
         return out.str();
     }
@@ -163,7 +164,7 @@ struct Layer {
         const std::uint32_t u =
             lora_ortho_draw(c.seed, static_cast<std::uint32_t>(c.row_offset + m),
                             static_cast<std::uint64_t>(c.col_offset + n), c.stream, c.sample,
-                            orthogonal ? 0u : static_cast<std::uint32_t>(j));
+                            c.strata, orthogonal ? 0u : static_cast<std::uint32_t>(j));
         if (!orthogonal) return lora_ortho_keeps(u, shape.thresholds[static_cast<std::size_t>(j)]);
         return lora_ortho_owner(u, shape.thresholds.data(),
                                 static_cast<std::int32_t>(shape.adapters())) == j;

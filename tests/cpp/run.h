@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <iterator>
 #include <set>
 #include <vector>
 
@@ -82,6 +83,8 @@ inline Shape random_shape(Numbers& numbers, int method, int dtype) {
         pick<std::int64_t>(numbers, {0, 0, 1, 77, (INT64_C(1) << 31) - 2, last_row});
     p.call.col_offset =
         pick<std::int64_t>(numbers, {0, 0, 1, 5, 8, 1000003, (INT64_C(1) << 32) - 3, last_col});
+    constexpr std::uint32_t kStrata[] = {1, 1, 2, 3, 4, 7, 64, 1000, 65535, LORA_ORTHO_MAX_STRATA};
+    p.call.strata = kStrata[p.call.seed % std::size(kStrata)];
     return p;
 }
 
@@ -104,6 +107,50 @@ inline Layer random_layer(Numbers& numbers, const Shape& p, bool exact) {
     Matrix grad(p.tokens, p.d_out, p.dtype, random_lay(numbers), value);
     return {p, std::move(A), std::move(B), std::move(x), std::move(base), std::move(grad)};
 }
+
+// Ones everywhere, and an adapter's share of an element of y a power of two: y spells who has it.
+// `lane` moves the columns against the vectors of every kernel.
+inline Layer spelling_layer(int method, int dtype, std::int64_t tokens, int lane,
+                            std::uint32_t sample, std::uint32_t strata) {
+    constexpr std::int64_t kRank = 16;
+    Shape p;
+    p.method = method;
+    p.dtype = p.factor_dtype = dtype;
+    p.tokens = tokens;
+    p.d_in = 1;
+    p.d_out = 304;
+    p.ranks.assign(5, kRank);
+    p.thresholds = {9000, 20001, 30003, 45000, 60000};
+    for (int j = 0; j < 5; ++j) p.gains.push_back((1 << j) / static_cast<double>(kRank));
+    p.call = {};
+    p.call.struct_version = LORA_ORTHO_STRUCT_VERSION;
+    p.call.stream = 0x80000001u;
+    p.call.sample = sample;
+    p.call.strata = strata;
+    p.call.seed = 0xfedcba9876543210u;
+    p.call.tokens = tokens;
+    p.call.row_offset = (INT64_C(1) << 31) - 2;
+    p.call.col_offset = (INT64_C(1) << 34) + lane;
+    const auto one = [] { return 1.0; };
+    std::vector<Matrix> A, B;
+    for (const std::int64_t rank : p.ranks) {
+        A.emplace_back(rank, p.d_in, dtype, Lay::kRows, one);
+        B.emplace_back(p.d_out, rank, dtype, Lay::kRows, one);
+    }
+    Matrix x(tokens, p.d_in, dtype, Lay::kRows, one);
+    Matrix base(tokens, p.d_out, dtype, Lay::kRows, one);
+    Matrix grad(tokens, p.d_out, dtype, Lay::kRows, one);
+    return {p, std::move(A), std::move(B), std::move(x), std::move(base), std::move(grad)};
+}
+
+// Samples and strata of such layers: the first and the last part of a block, and parts whose
+// rotation is odd, even, below and above half of the range.
+struct Stratum {
+    std::uint32_t sample, strata;
+};
+constexpr Stratum kStrataOfLayers[] = {
+    {2, 3},         {1, 7},         {699999, 7},       {5, 8},
+    {65535, 65536}, {65537, 65536}, {0xffffff, 65521}, {40000, 65535}};
 
 // ---- running them
 

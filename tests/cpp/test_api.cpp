@@ -54,7 +54,7 @@ TEST(a_method_becomes_a_draw_and_intervals) {
 }
 
 TEST(factors_are_checked) {
-    CHECK_EQ(AFTER(pack, a.factors.struct_version = 2), LORA_ORTHO_BAD_VERSION);
+    CHECK_EQ(AFTER(pack, a.factors.struct_version = 1), LORA_ORTHO_BAD_VERSION);
     CHECK_EQ(AFTER(pack, a.factors.method = 3), LORA_ORTHO_BAD_METHOD);
     CHECK_EQ(AFTER(pack, a.factors.method = -1), LORA_ORTHO_BAD_METHOD);
     CHECK_EQ(AFTER(pack, a.factors.dtype = 4), LORA_ORTHO_BAD_DTYPE);
@@ -141,10 +141,13 @@ TEST(packed_factors_are_checked) {
 
 TEST(calls_are_checked) {
     constexpr std::int64_t kRows = std::int64_t{1} << 32, kCols = std::int64_t{1} << 35;
-    CHECK_EQ(AFTER(called, a.call.struct_version = 0), LORA_ORTHO_BAD_VERSION);
+    CHECK_EQ(AFTER(called, a.call.struct_version = 1), LORA_ORTHO_BAD_VERSION);
     CHECK_EQ(AFTER(called, a.call.tokens = -1), LORA_ORTHO_BAD_SIZE);
     CHECK_EQ(AFTER(called, a.call.threads = -1), LORA_ORTHO_BAD_SIZE);
     CHECK_EQ(AFTER(called, a.call.sample = 1u << 24), LORA_ORTHO_BAD_COORDINATE);
+    CHECK_EQ(AFTER(called, a.call.strata = 0), LORA_ORTHO_BAD_COORDINATE);
+    CHECK_EQ(AFTER(called, a.call.strata = 65536), LORA_ORTHO_OK);
+    CHECK_EQ(AFTER(called, a.call.strata = 65537), LORA_ORTHO_BAD_COORDINATE);
     CHECK_EQ(AFTER(called, a.call.row_offset = -1), LORA_ORTHO_BAD_COORDINATE);
     CHECK_EQ(AFTER(called, a.call.col_offset = -8), LORA_ORTHO_BAD_COORDINATE);
     CHECK_EQ(AFTER(called, a.call.row_offset = kRows - kTokens), LORA_ORTHO_OK);

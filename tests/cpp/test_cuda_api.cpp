@@ -52,7 +52,7 @@ TEST(the_device_comes_first) {
 
 TEST(factors_are_checked) {
     ALL(a.factors_in = nullptr, LORA_ORTHO_NULL_POINTER);
-    ALL(a.factors.struct_version = 2, LORA_ORTHO_BAD_VERSION);
+    ALL(a.factors.struct_version = 1, LORA_ORTHO_BAD_VERSION);
     ALL(a.factors.method = 3, LORA_ORTHO_BAD_METHOD);
     ALL(a.factors.dtype = 4, LORA_ORTHO_BAD_DTYPE);
     ALL(a.factors.dtype = LORA_ORTHO_FLOAT64, LORA_ORTHO_BAD_DTYPE);
@@ -81,13 +81,16 @@ TEST(factors_are_checked) {
 TEST(calls_are_checked) {
     constexpr std::int64_t kRows = std::int64_t{1} << 32, kCols = std::int64_t{1} << 35;
     CALLS(a.call_in = nullptr, LORA_ORTHO_NULL_POINTER);
-    CALLS(a.call.struct_version = 0, LORA_ORTHO_BAD_VERSION);
+    CALLS(a.call.struct_version = 1, LORA_ORTHO_BAD_VERSION);
     CALLS(a.call.tokens = -1, LORA_ORTHO_BAD_SIZE);
     CALLS(a.call.tokens = kRows + 1, LORA_ORTHO_BAD_COORDINATE);
     CALLS(a.call.row_offset = kRows - 2, LORA_ORTHO_BAD_COORDINATE);
     CALLS(a.call.row_offset = kRows - 3, LORA_ORTHO_OK);
     CALLS(a.call.col_offset = kCols - 5, LORA_ORTHO_BAD_COORDINATE);
     CALLS(a.call.sample = 1u << 24, LORA_ORTHO_BAD_COORDINATE);
+    CALLS(a.call.strata = 0, LORA_ORTHO_BAD_COORDINATE);
+    CALLS(a.call.strata = 65536, LORA_ORTHO_OK);
+    CALLS(a.call.strata = 65537, LORA_ORTHO_BAD_COORDINATE);
     CALLS(a.call.tokens = kRows; a.factors.d_in = kCols, LORA_ORTHO_BAD_SIZE);
     CALLS(a.call.gains = nullptr, LORA_ORTHO_NULL_POINTER);
     CALLS(a.call.gains = shifted(a.call.gains, 2), LORA_ORTHO_MISALIGNED);

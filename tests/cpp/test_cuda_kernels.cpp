@@ -44,6 +44,7 @@ struct Cuda {
         call.struct_version = LORA_ORTHO_STRUCT_VERSION;
         call.stream = p.call.stream;
         call.sample = p.call.sample;
+        call.strata = p.call.strata;
         call.tokens = p.tokens;
         call.row_offset = p.call.row_offset;
         call.col_offset = p.call.col_offset;
@@ -96,6 +97,7 @@ void run_layers(int layers, bool exact_values, std::uint64_t seed) {
                     p.d_out = (p.d_out + 7) / 8 * 8;
                     p.call.col_offset = 64;
                 }
+                if (!exact_values) p.call.strata = 1;
                 const Layer l = random_layer(numbers, p, exact_values);
                 const bool with_base = numbers.below(4) != 0;
                 const Formula f(l, with_base);
@@ -122,6 +124,28 @@ void run_layers(int layers, bool exact_values, std::uint64_t seed) {
 TEST(integers_come_out_exact) { run_layers(14, true, 1); }
 
 TEST(real_values_lie_within_rounding) { run_layers(5, false, 2); }
+
+TEST(strata_rotate_the_draws_of_every_lane) {
+    int lane = 0;
+    for (const int method : {LORA_ORTHO_ORTHOGONAL, LORA_ORTHO_DROPOUT}) {
+        for (const int dtype : kCudaDtypes) {
+            for (const Stratum& stratum : kStrataOfLayers) {
+                // Every other layer starts at a multiple of eight columns.
+                for (const int column : {lane++ % 8 + 8, 8}) {
+                    const Layer l =
+                        spelling_layer(method, dtype, 35, column, stratum.sample, stratum.strata);
+                    check::context() = l.shape.text();
+                    const Cuda cuda(l, false);
+                    Outputs out(l.shape);
+                    cuda.forward(false, out);
+                    cuda.backward(out);
+                    compare_spelled(l, Formula(l, false), out);
+                }
+            }
+        }
+    }
+    check::context().clear();
+}
 
 TEST(no_tokens_leave_no_gradients) {
     Numbers numbers(5);

@@ -24,8 +24,9 @@ void run_random_layers(int layers, bool exact_values, std::uint64_t seed) {
             for (int i = 0; i < layers; ++i) {
                 Numbers numbers(seed +
                                 static_cast<std::uint64_t>((method * kDtypes + dtype) * 1000 + i));
-                const Layer l =
-                    random_layer(numbers, random_shape(numbers, method, dtype), exact_values);
+                Shape p = random_shape(numbers, method, dtype);
+                if (!exact_values) p.call.strata = 1;
+                const Layer l = random_layer(numbers, p, exact_values);
                 const bool with_base = numbers.below(4) != 0;
                 const Formula f(l, with_base);
                 // Broadcast inputs can make integers too large for the dtype.
@@ -67,6 +68,32 @@ TEST(instruction_sets_present) {
 TEST(integers_come_out_exact) { run_random_layers(40, true, 1); }
 
 TEST(real_values_lie_within_rounding) { run_random_layers(15, false, 2); }
+
+TEST(strata_rotate_the_draws_of_every_lane) {
+    int lane = 0;
+    for (const int method : {LORA_ORTHO_ORTHOGONAL, LORA_ORTHO_DROPOUT}) {
+        for (int dtype = 0; dtype < kDtypes; ++dtype) {
+            for (const Stratum& stratum : kStrataOfLayers) {
+                ++lane;
+                for (const std::int64_t tokens : {1, 35}) {
+                    const Layer l = spelling_layer(method, dtype, tokens, lane % 16, stratum.sample,
+                                                   stratum.strata);
+                    const Formula f(l, false);
+                    for (const lora_ortho_isa isa : isas()) {
+                        check::context() =
+                            std::string(lora_ortho_isa_name(isa)) + " " + l.shape.text();
+                        const Buffer packed = pack(l, isa);
+                        Outputs out(l.shape);
+                        forward(l, packed, 1, false, out);
+                        backward(l, packed, 1, out);
+                        compare_spelled(l, f, out);
+                    }
+                }
+            }
+        }
+    }
+    check::context().clear();
+}
 
 TEST(the_same_call_gives_the_same_bits) {
     for (int i = 0; i < 24; ++i) {

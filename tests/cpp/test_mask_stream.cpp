@@ -55,18 +55,33 @@ void check_philox(const Line& line) {
     for (std::size_t i = 0; i < 4; ++i) CHECK_EQ(out.word[i], hex(line.out[i]));
 }
 
-// draw seed stream sample lane_set row col -> u, by the header and by the C function
+// One draw, by the header and by the C function.
+void check_one(std::uint64_t seed, std::uint32_t row, std::uint64_t col, std::uint32_t stream,
+               std::uint32_t sample, std::uint32_t strata, std::uint32_t lane_set,
+               std::uint32_t expected) {
+    CHECK_EQ(lora_ortho_draw(seed, row, col, stream, sample, strata, lane_set), expected);
+    std::uint16_t drawn = 0;
+    CHECK_EQ(lora_ortho_draws(seed, row, 1, static_cast<std::int64_t>(col), 1, stream, sample,
+                              strata, lane_set, &drawn),
+             LORA_ORTHO_OK);
+    CHECK_EQ(drawn, expected);
+}
+
+// draw seed stream sample lane_set row col -> u
 void check_draw(const Line& line) {
     if (!CHECK(line.in.size() == 6 && line.out.size() == 1)) return;
     const std::uint64_t seed = number(line.in[0]), col = number(line.in[5]);
     const auto u32 = [&](std::size_t i) { return static_cast<std::uint32_t>(number(line.in[i])); };
     const std::uint32_t expected = static_cast<std::uint32_t>(number(line.out[0]));
-    CHECK_EQ(lora_ortho_draw(seed, u32(4), col, u32(1), u32(2), u32(3)), expected);
-    std::uint16_t drawn = 0;
-    CHECK_EQ(lora_ortho_draws(seed, u32(4), 1, static_cast<std::int64_t>(col), 1, u32(1), u32(2),
-                              u32(3), &drawn),
-             LORA_ORTHO_OK);
-    CHECK_EQ(drawn, expected);
+    check_one(seed, u32(4), col, u32(1), u32(2), 1, u32(3), expected);
+}
+
+// strata seed stream sample strata lane_set row col -> u
+void check_strata(const Line& line) {
+    if (!CHECK(line.in.size() == 7 && line.out.size() == 1)) return;
+    const auto u32 = [&](std::size_t i) { return static_cast<std::uint32_t>(number(line.in[i])); };
+    check_one(number(line.in[0]), u32(5), number(line.in[6]), u32(1), u32(2), u32(3), u32(4),
+              static_cast<std::uint32_t>(number(line.out[0])));
 }
 
 // block seed stream sample lane_set row_offset rows col_offset cols -> u ...
@@ -76,7 +91,7 @@ void check_block(const Line& line) {
     const auto i64 = [&](std::size_t i) { return static_cast<std::int64_t>(number(line.in[i])); };
     std::vector<std::uint16_t> out(line.out.size());
     if (!CHECK_EQ(i64(5) * i64(7), static_cast<std::int64_t>(out.size()))) return;
-    CHECK_EQ(lora_ortho_draws(number(line.in[0]), i64(4), i64(5), i64(6), i64(7), u32(1), u32(2),
+    CHECK_EQ(lora_ortho_draws(number(line.in[0]), i64(4), i64(5), i64(6), i64(7), u32(1), u32(2), 1,
                               u32(3), out.data()),
              LORA_ORTHO_OK);
     for (std::size_t i = 0; i < out.size(); ++i) CHECK_EQ(out[i], number(line.out[i]));
@@ -129,9 +144,9 @@ TEST(golden_files) {
         {"philox", check_philox},   {"draw", check_draw},
         {"block", check_block},     {"thresholds", check_thresholds},
         {"dropout", check_dropout}, {"owner", check_owner},
-        {"keep", check_keep}};
+        {"keep", check_keep},       {"strata", check_strata}};
     std::map<std::string, int> seen;
-    for (const char* name : {"mask_stream.kat", "independent.kat"}) {
+    for (const char* name : {"mask_stream.kat", "independent.kat", "strata.kat"}) {
         std::ifstream file(std::string(LORA_ORTHO_GOLDEN_DIR "/") + name);
         CHECK(file.is_open());
         int number = 0;
@@ -148,6 +163,7 @@ TEST(golden_files) {
     check::context().clear();
     for (const auto& directive : directives) CHECK(seen[directive.first] > 0);
     CHECK(seen["draw"] >= 281);
+    CHECK(seen["strata"] >= 114);
 }
 
 TEST(a_rectangle_of_draws_is_the_draws_of_its_elements) {
@@ -157,16 +173,33 @@ TEST(a_rectangle_of_draws_is_the_draws_of_its_elements) {
         for (const std::int64_t cols : {1, 4, 5, 8, 13, 21}) {
             const std::int64_t row0 = (std::int64_t{1} << 32) - kRows;
             std::vector<std::uint16_t> out(static_cast<std::size_t>(kRows * cols), 0xffff);
-            CHECK_EQ(lora_ortho_draws(~7ull, row0, kRows, col0, cols, 0xfffffffeu, 0xffffffu, 255,
-                                      out.data()),
+            CHECK_EQ(lora_ortho_draws(~7ull, row0, kRows, col0, cols, 0xfffffffeu, 0xffffffu, 7,
+                                      255, out.data()),
                      LORA_ORTHO_OK);
             for (std::int64_t i = 0; i < kRows * cols; ++i) {
                 const std::uint32_t expected = lora_ortho_draw(
                     ~7ull, static_cast<std::uint32_t>(row0 + i / cols),
-                    static_cast<std::uint64_t>(col0 + i % cols), 0xfffffffeu, 0xffffffu, 255);
+                    static_cast<std::uint64_t>(col0 + i % cols), 0xfffffffeu, 0xffffffu, 7, 255);
                 CHECK_EQ(out[static_cast<std::size_t>(i)], expected);
             }
         }
+    }
+}
+
+// Where S * (T_j - T_{j-1}) / 65536 is a whole number and S a power of two, every element meets the
+// adapter in exactly so many samples of a block.
+TEST(a_block_of_strata_shares_every_element_out) {
+    constexpr std::uint32_t kStrata = 8, kBlock = 5;
+    const std::uint32_t thresholds[] = {3 * 8192, 4 * 8192, 6 * 8192};
+    for (std::uint64_t col = 3; col < 300; ++col) {
+        int met[] = {0, 0, 0, 0};  // the last: nobody
+        for (std::uint32_t i = 0; i < kStrata; ++i) {
+            const std::uint32_t draw =
+                lora_ortho_draw(1, 2, col, 3, kBlock * kStrata + i, kStrata, 0);
+            const std::int32_t owner = lora_ortho_owner(draw, thresholds, 3);
+            ++met[owner < 0 ? 3 : owner];
+        }
+        CHECK(met[0] == 3 && met[1] == 1 && met[2] == 2 && met[3] == 2);
     }
 }
 
@@ -249,8 +282,14 @@ TEST(draws_are_checked) {
     std::uint16_t out[4] = {7, 7, 7, 7};
     const auto status = [&](std::int64_t row0, std::int64_t rows, std::int64_t col0,
                             std::int64_t cols, std::uint32_t sample, std::uint32_t lane_set) {
-        return lora_ortho_draws(0, row0, rows, col0, cols, 0, sample, lane_set, out);
+        return lora_ortho_draws(0, row0, rows, col0, cols, 0, sample, 1, lane_set, out);
     };
+    const auto stratified = [&](std::uint32_t strata) {
+        return lora_ortho_draws(0, 0, 1, 0, 1, 0, 0, strata, 0, out);
+    };
+    CHECK_EQ(stratified(0), LORA_ORTHO_BAD_COORDINATE);
+    CHECK_EQ(stratified(65537), LORA_ORTHO_BAD_COORDINATE);
+    CHECK_EQ(stratified(UINT32_MAX), LORA_ORTHO_BAD_COORDINATE);
     CHECK_EQ(status(0, -1, 0, 1, 0, 0), LORA_ORTHO_BAD_SIZE);
     CHECK_EQ(status(0, 1, 0, -1, 0, 0), LORA_ORTHO_BAD_SIZE);
     CHECK_EQ(status(0, kRows, 0, kCols, 0, 0), LORA_ORTHO_BAD_SIZE);
@@ -262,11 +301,12 @@ TEST(draws_are_checked) {
     CHECK_EQ(status(0, 1, 0, 1, 1u << 24, 0), LORA_ORTHO_BAD_COORDINATE);
     CHECK_EQ(status(0, 1, 0, 1, 0, 256), LORA_ORTHO_BAD_COORDINATE);
     CHECK(out[0] == 7 && out[1] == 7);
-    CHECK_EQ(lora_ortho_draws(0, 0, 1, 0, 1, 0, 0, 0, nullptr), LORA_ORTHO_NULL_POINTER);
-    CHECK_EQ(lora_ortho_draws(0, 0, 1, 0, 1, 0, 0, 0,
+    CHECK_EQ(lora_ortho_draws(0, 0, 1, 0, 1, 0, 0, 1, 0, nullptr), LORA_ORTHO_NULL_POINTER);
+    CHECK_EQ(lora_ortho_draws(0, 0, 1, 0, 1, 0, 0, 1, 0,
                               reinterpret_cast<std::uint16_t*>(reinterpret_cast<char*>(out) + 1)),
              LORA_ORTHO_MISALIGNED);
-    CHECK_EQ(lora_ortho_draws(0, 0, 0, 0, 5, 0, 0, 0, nullptr), LORA_ORTHO_OK);
-    CHECK_EQ(lora_ortho_draws(0, 0, 5, 0, 0, 0, 0, 0, nullptr), LORA_ORTHO_OK);
+    CHECK_EQ(lora_ortho_draws(0, 0, 0, 0, 5, 0, 0, 1, 0, nullptr), LORA_ORTHO_OK);
+    CHECK_EQ(lora_ortho_draws(0, 0, 5, 0, 0, 0, 0, 1, 0, nullptr), LORA_ORTHO_OK);
     CHECK_EQ(status(kRows - 1, 1, kCols - 4, 4, 0, 0), LORA_ORTHO_OK);
+    CHECK_EQ(stratified(65536), LORA_ORTHO_OK);
 }

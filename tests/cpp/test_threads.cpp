@@ -79,8 +79,8 @@ TEST(everything_else_at_once) {
             wrong[i] += lora_ortho_thresholds(LORA_ORTHO_ORTHOGONAL, 2, p, thresholds, keep) !=
                         LORA_ORTHO_OK;
             wrong[i] += thresholds[1] != 49152;
-            wrong[i] += lora_ortho_draws(7, 0, 8, 0, 8, 0, 0, 0, draws) != LORA_ORTHO_OK;
-            wrong[i] += draws[9] != lora_ortho_draw(7, 1, 1, 0, 0, 0);
+            wrong[i] += lora_ortho_draws(7, 0, 8, 0, 8, 0, 0, 1, 0, draws) != LORA_ORTHO_OK;
+            wrong[i] += draws[9] != lora_ortho_draw(7, 1, 1, 0, 0, 1, 0);
             wrong[i] += lora_ortho_cuda_available() != LORA_ORTHO_NO_CUDA;
         }
     });

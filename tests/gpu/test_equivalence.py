@@ -11,6 +11,7 @@ from on_device import REHEARSAL, back, move
 
 from lora_ortho import fused_ortho_lora, mask_stream
 from lora_ortho.backends import triton
+from lora_ortho.problem import Place
 
 SEED = -0x123456789ABCDEF
 PLACE = {"stream": 3, "sample": 2, "row_offset": 5, "col_offset": 11}
@@ -75,7 +76,9 @@ def test_a_hundred_million_draws(device: torch.device) -> None:
         seed = mask_stream.seed_tensor((-1) ** block * (block << 55) + block, device)
         row = ((1 << 32) - rows) * block // blocks
         col = ((1 << 35) - cols) * block // blocks
-        place = {"stream": block << 28, "sample": block << 20, "lane_set": 25 * block}
-        spans = range(row, row + rows), range(col, col + cols)
-        found = kernels.draws(seed, row, rows, col, cols, *place.values())
-        assert torch.equal(found, mask_stream.draws(seed, *spans, **place))
+        at = {"stream": block << 28, "sample": (block << 20) + block, "strata": 1 + 7 * block}
+        spans, lane_set = (range(row, row + rows), range(col, col + cols)), 25 * block
+        found = kernels.draws(
+            seed, rows, cols, Place(**at, row_offset=row, col_offset=col), lane_set
+        )
+        assert torch.equal(found, mask_stream.draws(seed, *spans, **at, lane_set=lane_set))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -63,7 +65,7 @@ def test_direct_of_one_adapter_keeps_its_factors() -> None:
 def test_ortho_rows_is_the_run_time_merge_of_row_0(bias: bool) -> None:
     made = adapters(3, 5, 2, bias=bias)
     made = [Adapter(a.lora_A, a.lora_B, a.scaling, a.weight, 0.7, a.bias, a.name) for a in made]
-    merged = ortho_rows(made, seed=11, stream=7, sample=2)
+    merged = ortho_rows(made, seed=11, stream=7, sample=2, strata=5)
     x = torch.randn(5, D_IN, dtype=torch.float64)
     one = torch.ones(5, 1, dtype=torch.float64)
     ours = torch.cat([x, one], 1) @ delta(merged).T
@@ -81,6 +83,7 @@ def test_ortho_rows_is_the_run_time_merge_of_row_0(bias: bool) -> None:
             seed=11,
             stream=7,
             sample=2,
+            strata=5,
             backend="reference",
         )
         torch.testing.assert_close(ours[row], expected, rtol=1e-12, atol=1e-12)
@@ -91,6 +94,18 @@ def test_ortho_rows_are_disjoint_and_all_used() -> None:
     first, second = merged.lora_B[:, :3].any(dim=1), merged.lora_B[:, 3:].any(dim=1)
     assert bool((first ^ second).all())  # p = 1/2 each: nobody's rows do not exist
     assert 0 < int(first.sum()) < D_OUT
+
+
+def test_the_mean_of_a_block_of_strata_is_the_direct_merge() -> None:
+    made = [replace(adapter, p=0.5) for adapter in adapters(3, 5)]
+    rows = [delta(ortho_rows(made, seed=4, sample=sample, strata=2)) for sample in (6, 7)]
+    elements = [element_disjoint(made, seed=4, sample=sample, strata=2)[0] for sample in (6, 7)]
+    for drawn in (rows, elements):
+        assert not torch.equal(drawn[0], drawn[1])
+    exact = delta(direct(made))
+    torch.testing.assert_close(torch.stack(rows).mean(0), exact, rtol=1e-12, atol=1e-12)
+    exact = exact[:, : elements[0].shape[1]]
+    torch.testing.assert_close(torch.stack(elements).mean(0), exact, rtol=1e-12, atol=1e-12)
 
 
 def test_ortho_rows_average_to_the_direct_merge() -> None:
@@ -156,7 +171,7 @@ def test_stochastic_merges_are_no_weights(method: str) -> None:
 
 def test_by_name() -> None:
     made = adapters(2, 2)
-    place = {"seed": 4, "stream": 3, "sample": 1}
+    place = {"seed": 4, "stream": 3, "sample": 1, "strata": 6}
     assert torch.equal(method_named("direct").factors(made, **place).lora_B, direct(made).lora_B)
     rows = method_named("ortho_rows").factors(made, **place)
     assert torch.equal(rows.lora_B, ortho_rows(made, **place).lora_B)

@@ -145,7 +145,9 @@ def test_what_cannot_be_registered() -> None:
 
     def still(adapters: Sequence[Adapter]) -> None: ...
 
-    def drawn(adapters: Sequence[Adapter], *, seed: int, stream: int, sample: int) -> None: ...
+    def drawn(
+        adapters: Sequence[Adapter], *, seed: int, stream: int, sample: int, strata: int
+    ) -> None: ...
 
     def asks(adapters: Sequence[Adapter], *, density: float) -> None: ...
 
@@ -153,7 +155,9 @@ def test_what_cannot_be_registered() -> None:
 
     refused("a merge called 'direct' is registered already", direct)
     refused(r"layers must take \(adapters, \*\)", layers)
-    refused(r"still must take \(adapters, \*, seed, stream, sample\)", still, masks="orthogonal")
+    refused(
+        r"still must take \(adapters, \*, seed, stream, sample, strata\)", still, masks="orthogonal"
+    )
     refused(r"drawn must take \(adapters, \*\)", drawn)
     refused("asks must take its parameters by keyword, each with a default", asks)
     refused("by_place must take its parameters by keyword", by_place)

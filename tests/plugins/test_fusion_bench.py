@@ -49,11 +49,13 @@ def test_fusion_bench_other_methods(
         "one": {"_target_": "lora_ortho.load_adapter", "path": "one"},
         "two": {"_target_": "lora_ortho.load_adapter", "path": "two"},
     }
-    LoraOrtho(method, p=[0.5, 0.5], seed=4).to_yaml(tmp_path / "method.yaml")
+    place: Any = {"seed": 4, "sample": 3, "strata": 2}
+    LoraOrtho(method, p=[0.5, 0.5], **place).to_yaml(tmp_path / "method.yaml")
     algorithm = LoraOrtho.from_yaml(tmp_path / "method.yaml")
     assert (algorithm.merge_method, algorithm.p, algorithm.seed) == (method, [0.5, 0.5], 4)
+    assert (algorithm.sample, algorithm.strata) == (3, 2)
     found = algorithm.run(BaseModelPool(models)).state_dict()
-    for name, tensor in expected(folder, method, seed=4).items():
+    for name, tensor in expected(folder, method, **place).items():
         assert torch.equal(found[name], tensor), name
     assert instantiate(algorithm.config).p == [0.5, 0.5]
 

@@ -112,8 +112,9 @@ def test_mergekit_other_methods(
     method: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(folder)
-    merge_by_mergekit(tmp_path / "merged", method=method, seed=4)
-    assert_weights(tmp_path / "merged", expected(folder, method, seed=4))
+    place: Any = {"seed": 4, "sample": 3, "strata": 2}
+    merge_by_mergekit(tmp_path / "merged", method=method, **place)
+    assert_weights(tmp_path / "merged", expected(folder, method, **place))
 
 
 @pytest.mark.parametrize(
@@ -172,11 +173,12 @@ def test_mergekit_errors_are_one_line(
         ("mergekit.yml", "  seed: 0", "  sed: 3", "unknown parameter 'sed'; known are loras, "),
         (
             "mergekit.yml", "  - model: ./base", "  - model: ./base\n    parameters: {weight: 1}",
-            "unknown parameter 'weight'; known are loras, method, seed, sample",
+            "unknown parameter 'weight'; known are loras, method, seed, sample, strata",
         ),
         ("merge.toml", "\n[[loras]]", "\nsed = 3\n[[loras]]", "unknown key 'sed'; known are p"),
         ("merge.toml", "dropout_rate", "rate", "unknown key 'rate'; known are file_path"),
         ("merge.toml", "\n[[loras]]", "\nseed = 3\n[[loras]]", "seed = 3, the parameters have 0"),
+        ("merge.toml", "\n[[loras]]", "\nstrata = 4\n[[loras]]", "strata = 4, the parameters"),
         ("mergekit.yml", "parameters:", "parameters: [", "while parsing a flow"),
     ],
 )  # fmt: skip

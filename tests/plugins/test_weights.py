@@ -34,7 +34,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_examples(tmp_path_factory.mktemp("plugins"))
 
 
-SEED, STREAM, SAMPLE = -5, 77, 3
+SEED, STREAM, SAMPLE, STRATA = -5, 77, 3, 2
 
 
 def adapters_of_layer(dtype: torch.dtype = torch.float64, bias: bool = False) -> list[Adapter]:
@@ -54,7 +54,7 @@ def adapters_of_layer(dtype: torch.dtype = torch.float64, bias: bool = False) ->
 
 def owners(method: str, p: list[float]) -> Tensor:
     """(9, 7): who owns an element of the weight, and in the last column of the bias."""
-    place: Any = {"stream": STREAM, "sample": SAMPLE}
+    place: Any = {"stream": STREAM, "sample": SAMPLE, "strata": STRATA}
     if method == "ortho_rows":
         return mask_stream.winners(SEED, range(1), range(9), p, **place).T.expand(9, 7)
     return mask_stream.winners(SEED, range(9), range(7), p, **place)
@@ -76,7 +76,7 @@ def test_weights_by_the_definition(method: str, bias: bool) -> None:
         if method != "direct":
             delta = torch.where(owners(method, p) == j, delta / keep[j], 0.0)
         wanted += gain * delta
-    settings: Any = {"seed": SEED, "stream": STREAM, "sample": SAMPLE}
+    settings: Any = {"seed": SEED, "stream": STREAM, "sample": SAMPLE, "strata": STRATA}
     found, found_bias = merged(weight, base_bias, adapters, method, **settings)
     assert found_bias is not None
     both = torch.cat([found, found_bias[:, None]], dim=1)
@@ -100,10 +100,11 @@ def test_one_token_sees_the_run_time_merge(folder: Path) -> None:
     model, ids = language_model(), torch.tensor([[4]])
     settings: Any = {"p": [0.5, 0.5], "weights": [1.0, -0.5], "seed": 9}
     with torch.no_grad(), lora_ortho.inject(model, loaded(folder, model), **settings) as handle:
-        handle.set(sample=2)
+        handle.set(sample=2, strata=3)
         wanted = model(input_ids=ids).logits
     bare = model(input_ids=ids).logits
-    merge_into(model, loaded(folder), "ortho_rows", [0.5, 0.5], [1.0, -0.5], seed=9, sample=2)
+    place: Any = {"seed": 9, "sample": 2, "strata": 3}
+    merge_into(model, loaded(folder), "ortho_rows", [0.5, 0.5], [1.0, -0.5], **place)
     found = model(input_ids=ids).logits
     assert torch.allclose(found, wanted, atol=1e-5)
     assert not torch.allclose(found, bare, atol=1e-2)

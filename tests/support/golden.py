@@ -8,9 +8,9 @@ GOLDEN = Path(__file__).resolve().parents[1] / "golden"
 
 
 def golden_lines(*directives: str) -> list[tuple[list[str], list[str]]]:
-    """Arguments and results of the golden lines of some directives, from both files."""
+    """Arguments and results of the golden lines of some directives, from all files."""
     found = []
-    for name in ("mask_stream.kat", "independent.kat"):
+    for name in ("mask_stream.kat", "independent.kat", "strata.kat"):
         for line in (GOLDEN / name).read_text().splitlines():
             arguments, _, results = line.partition(" -> ")
             if arguments.split(" ")[0] in directives:

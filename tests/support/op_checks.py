@@ -23,10 +23,10 @@ def check_prepared_call(server: Server, method: str, dtype: torch.dtype) -> None
     )
     expected = fused_ortho_lora(
         *tensors[:3], p=[0.7, 0.8, 0.9], scaling=[0.5, 1.0, 2.0], weights=[1.0, -1.0, 0.5],
-        method=method, base=tensors.base, seed=-5, stream=1, sample=2, row_offset=3, col_offset=4,
-        backend=server.backend,
+        method=method, base=tensors.base, seed=-5, stream=1, sample=2, strata=3, row_offset=4,
+        col_offset=5, backend=server.backend,
     )  # fmt: skip
-    place = Place(1, 2, 3, 4)
+    place = Place(1, 2, 3, 4, 5)
     assert torch.equal(prepared.apply(tensors.x, tensors.base, -5, place), expected)
     seed = torch.tensor(-5)
     out = torch.empty_like(expected)
@@ -43,9 +43,9 @@ def check_ops(backend: str, dtype: torch.dtype) -> None:
     gains = torch.tensor([1.0, 2.0, 0.5], dtype=torch.float64)
     inputs = (x, lora_A, lora_B, gains, torch.tensor(5))
     intervals = ((0, 19999), (20000, 39999), (40000, 59999))
-    constants = Constants(Draw.SHARED, intervals, Place(1, 2, 3, 4), backend, False).flat()
+    constants = Constants(Draw.SHARED, intervals, Place(1, 2, 3, 4, 5), backend, False).flat()
     forward, backward = torch.ops.lora_ortho.forward.default, torch.ops.lora_ortho.backward.default
-    for base_or_none, coordinates in ((base, None), (None, torch.tensor([1, 2, 3, 4]))):
+    for base_or_none, coordinates in ((base, None), (None, torch.tensor([1, 2, 3, 4, 5]))):
         torch.library.opcheck(forward, (*inputs, coordinates, base_or_none, *constants))
     s = x @ torch.cat(lora_A).T
     for needs in [(True,) * 4, (True, False, False, False), (False, True, True, False)]:

@@ -38,10 +38,10 @@ def loaded(folder: Path, model: Any = None) -> list[LoadedAdapter]:
     return [load_adapter(folder / name, model) for name in ("one", "two")]
 
 
-def expected(folder: Path, method: str, seed: int = 0) -> dict[str, Tensor]:
+def expected(folder: Path, method: str, **place: Any) -> dict[str, Tensor]:
     """The merged weights, from the model and adapters in memory."""
     model = language_model()
-    merge_into(model, loaded(folder), method, [0.5, 0.5], seed=seed)
+    merge_into(model, loaded(folder), method, [0.5, 0.5], **place)
     state: dict[str, Tensor] = model.state_dict()
     return state
 

@@ -18,7 +18,11 @@ PLACES = [
     {"stream": (1 << 32) - 1, "sample": (1 << 24) - 1, "row_offset": (1 << 32) - 40},
     {"stream": 1, "sample": 256, "col_offset": (1 << 35) - 300, "row_offset": (1 << 31) - 7},
     {"col_offset": (1 << 32) - 9},
+    {"stream": 5, "sample": 7, "strata": 4, "col_offset": 1},
+    {"sample": (1 << 24) - 1, "strata": 65535, "row_offset": 12, "col_offset": 80},
 ]
+# The coordinates that are the same everywhere in a call.
+FIXED = ("stream", "sample", "strata")
 SEEDS = [0, -1, -(1 << 63), 0x0123456789ABCDEF, (1 << 64) - 12345]
 # adapters and rank: both sides of any choice between all products and the owner's alone
 SHAPES = [(1, 1), (2, 4), (3, 16), (7, 3), (8, 32)]
@@ -59,8 +63,7 @@ def codes(
         range(col, col + d_out),
         thresholds,
         method,
-        stream=place.get("stream", 0),
-        sample=place.get("sample", 0),
+        **{name: place[name] for name in FIXED if name in place},
     )
     return sum(mask.double() * 2.0**j for j, mask in enumerate(masks))
 
@@ -95,7 +98,7 @@ def check_backward(server: Server, dtype: torch.dtype, method: str, place: dict)
         row, col = place.get("row_offset", 0), place.get("col_offset", 0)
         masks = mask_stream.masks(
             seed, range(row, row + tokens), range(col, col + d_out), thresholds, method,
-            stream=place.get("stream", 0), sample=place.get("sample", 0),
+            **{name: place[name] for name in FIXED if name in place},
         )  # fmt: skip
         for j, mask in enumerate(masks):
             expected = torch.zeros(d_out, rank, dtype=torch.float64)

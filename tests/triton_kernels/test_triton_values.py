@@ -8,6 +8,7 @@ from typing import Any
 import op_checks
 import pytest
 import spelled
+import stratified
 import torch
 import value_checks
 from cases import CHECKED, METHODS, Case, make, same_rank
@@ -76,6 +77,14 @@ def test_masks_in_forward_and_backward(method: str, number: int) -> None:
     dtype, place = NARROW[number % 3], spelled.PLACES[number]
     spelled.check_forward(TRITON, dtype, method, place)
     spelled.check_backward(TRITON, dtype, method, place)
+
+
+@pytest.mark.parametrize(("method", "adapters", "rate", "strata"), stratified.WHOLE)
+def test_the_mean_of_a_block_is_the_direct_merge(
+    method: str, adapters: int, rate: float, strata: int
+) -> None:
+    dtype = NARROW[strata % 3]
+    stratified.check_mean_of_integers(TRITON, dtype, method, adapters, rate, strata)
 
 
 def test_two_halves_are_the_whole() -> None:

@@ -29,6 +29,7 @@ typedef struct lora_ortho_cuda_call {
     uint32_t struct_version; /* LORA_ORTHO_STRUCT_VERSION */
     uint32_t stream;         /* which layer */
     uint32_t sample;         /* which Monte Carlo draw, below 2^24 */
+    uint32_t strata;         /* as in lora_ortho_call */
     int64_t tokens;
     int64_t row_offset, col_offset;
     uint64_t seed;                /* read where seed_pointer is null */

@@ -32,7 +32,7 @@ extern "C" {
 #endif
 
 /* Layout of the structs below; a call with another number is refused. */
-#define LORA_ORTHO_STRUCT_VERSION 1u
+#define LORA_ORTHO_STRUCT_VERSION 2u
 /* Alignment in bytes of packed factors and of workspaces. */
 #define LORA_ORTHO_ALIGNMENT 64u
 #define LORA_ORTHO_MAX_ADAPTERS 255
@@ -46,7 +46,7 @@ typedef enum lora_ortho_status {
     LORA_ORTHO_BAD_ADAPTERS = 5,   /* adapters is not in 1 .. LORA_ORTHO_MAX_ADAPTERS */
     LORA_ORTHO_BAD_RANK = 6,       /* a rank is not positive */
     LORA_ORTHO_BAD_SIZE = 7,       /* a size is negative, zero where it may not be, or overflows */
-    LORA_ORTHO_BAD_COORDINATE = 8, /* a row, column, stream or sample leaves its range */
+    LORA_ORTHO_BAD_COORDINATE = 8, /* a row, column, stream, sample or strata leaves its range */
     LORA_ORTHO_BAD_THRESHOLD = 9,  /* thresholds are not in 1 .. 65536, or do not increase */
     LORA_ORTHO_BAD_RATE = 10,      /* a dropout rate outside [0, 1), or their keeps exceed 1 */
     LORA_ORTHO_BAD_GAIN = 11,      /* a gain is not finite */
@@ -112,6 +112,7 @@ typedef struct lora_ortho_call {
     uint32_t struct_version;
     uint32_t stream; /* which layer */
     uint32_t sample; /* which Monte Carlo draw, below 2^24 */
+    uint32_t strata; /* samples that share the elements out exactly: 1 .. 65536; 1: none do */
     int32_t threads; /* 0: as OpenMP decides */
     int64_t tokens;
     int64_t row_offset, col_offset;
@@ -137,8 +138,8 @@ LORA_ORTHO_API lora_ortho_status lora_ortho_thresholds(lora_ortho_method method,
 /* The 16-bit draws of a rows x cols rectangle, row-major. */
 LORA_ORTHO_API lora_ortho_status lora_ortho_draws(uint64_t seed, int64_t row0, int64_t rows,
                                                   int64_t col0, int64_t cols, uint32_t stream,
-                                                  uint32_t sample, uint32_t lane_set,
-                                                  uint16_t* out);
+                                                  uint32_t sample, uint32_t strata,
+                                                  uint32_t lane_set, uint16_t* out);
 
 /* Packs factors into a buffer of the size asked for, aligned to LORA_ORTHO_ALIGNMENT. The buffer
  * may be moved or copied to another such buffer, not to another machine. Large factors are packed

@@ -14,11 +14,13 @@
 #define LORA_ORTHO_HD
 #endif
 
-/* Ranges of the coordinates: row < 2^32, col < 2^35, sample < 2^24, lane_set < 2^8. */
+/* Ranges of the coordinates: row < 2^32, col < 2^35, sample < 2^24, 1 <= strata <= 2^16,
+ * lane_set < 2^8. */
 #define LORA_ORTHO_ROW_LIMIT (INT64_C(1) << 32)
 #define LORA_ORTHO_COL_LIMIT (INT64_C(1) << 35)
 #define LORA_ORTHO_SAMPLE_LIMIT (UINT32_C(1) << 24)
 #define LORA_ORTHO_LANE_SET_LIMIT (UINT32_C(1) << 8)
+#define LORA_ORTHO_MAX_STRATA (UINT32_C(1) << 16)
 /* A threshold that every draw is below. */
 #define LORA_ORTHO_DRAW_LIMIT (UINT32_C(1) << 16)
 
@@ -52,18 +54,39 @@ static inline LORA_ORTHO_HD lora_ortho_words lora_ortho_philox4x32_7(lora_ortho_
     return x;
 }
 
+/* Sample number `sample` of a stratified stream is part `sample % strata` of a block of `strata`
+ * samples: all of a block read the same words, and each adds a rotation of its own to the draws. */
+typedef struct lora_ortho_part {
+    uint32_t block;    /* what the counter holds in place of the sample */
+    uint32_t rotation; /* below 2^16; 0 for one stratum */
+} lora_ortho_part;
+
+static inline LORA_ORTHO_HD lora_ortho_part lora_ortho_part_of(uint32_t sample, uint32_t strata) {
+    lora_ortho_part part;
+    part.block = sample / strata;
+    part.rotation = ((sample % strata) << 16) / strata;
+    return part;
+}
+
 /* The eight draws of columns 8 * col_block .. 8 * col_block + 7; lora_ortho_draw_of takes one out.
  */
 static inline LORA_ORTHO_HD lora_ortho_words lora_ortho_draw_block(uint64_t seed, uint32_t row,
                                                                    uint32_t col_block,
                                                                    uint32_t stream, uint32_t sample,
+                                                                   uint32_t strata,
                                                                    uint32_t lane_set) {
-    lora_ortho_words counter;
-    counter.word[0] = col_block;
-    counter.word[1] = row;
-    counter.word[2] = stream;
-    counter.word[3] = (sample << 8) | lane_set;
-    return lora_ortho_philox4x32_7(counter, (uint32_t)seed, (uint32_t)(seed >> 32));
+    const lora_ortho_part part = lora_ortho_part_of(sample, strata);
+    lora_ortho_words words;
+    words.word[0] = col_block;
+    words.word[1] = row;
+    words.word[2] = stream;
+    words.word[3] = (part.block << 8) | lane_set;
+    words = lora_ortho_philox4x32_7(words, (uint32_t)seed, (uint32_t)(seed >> 32));
+    for (int i = 0; i < 4; ++i) {
+        const uint32_t low = (words.word[i] + part.rotation) & 0xffffu;
+        words.word[i] = ((words.word[i] & 0xffff0000u) + (part.rotation << 16)) | low;
+    }
+    return words;
 }
 
 /* The 16-bit draw of column `col` from the block that holds it. */
@@ -74,9 +97,10 @@ static inline LORA_ORTHO_HD uint32_t lora_ortho_draw_of(lora_ortho_words block, 
 /* The 16-bit draw of one element. */
 static inline LORA_ORTHO_HD uint32_t lora_ortho_draw(uint64_t seed, uint32_t row, uint64_t col,
                                                      uint32_t stream, uint32_t sample,
-                                                     uint32_t lane_set) {
+                                                     uint32_t strata, uint32_t lane_set) {
     return lora_ortho_draw_of(
-        lora_ortho_draw_block(seed, row, (uint32_t)(col >> 3), stream, sample, lane_set), col);
+        lora_ortho_draw_block(seed, row, (uint32_t)(col >> 3), stream, sample, strata, lane_set),
+        col);
 }
 
 /* One draw for all adapters: the first j with draw < thresholds[j], or -1 for nobody. */

@@ -10,7 +10,7 @@ from torch import nn
 
 from lora_ortho import backends
 from lora_ortho.adapters.components import Named, components
-from lora_ortho.mask_stream import SAMPLE_LIMIT, check_in_range, check_seed
+from lora_ortho.mask_stream import SAMPLE_LIMIT, check_in_range, check_seed, check_strata
 from lora_ortho.problem import check_method, finite_numbers
 
 from . import injected, peft_layers
@@ -66,6 +66,7 @@ class Attachment(Handle):
         method: str = _KEEP,
         seed: int | None = _KEEP,
         sample: int = _KEEP,
+        strata: int = _KEEP,
         p: Sequence[float] | None = _KEEP,
         weights: Sequence[float] | None = _KEEP,
     ) -> Attachment:
@@ -75,6 +76,8 @@ class Attachment(Handle):
             method: "orthogonal", "dropout" or "direct".
             seed: None for a new one at every forward, or an int.
             sample: which Monte Carlo draw, in [0, 2**24).
+            strata: how many samples in a row share the elements out among the adapters in
+                proportion, in [1, 65536]; see `fused_ortho_lora`.
             p, weights: a rate and a merge weight for each adapter, in the order of `attach`.
         Raises:
             TypeError, ValueError: by name; then nothing has changed.
@@ -83,6 +86,7 @@ class Attachment(Handle):
             "method": method,
             "seed": seed,
             "sample": sample,
+            "strata": strata,
             "p": p,
             "weights": weights,
         }
@@ -136,6 +140,7 @@ def attach(
     seed: int | None = None,
     backend: str | None = None,
     on_unsupported: str = "error",
+    strata: int = 1,
     keep_zero_weights: bool = False,
 ) -> Attachment:
     """Merges the active adapters of every PEFT LoRA layer at run time, in place.
@@ -157,6 +162,9 @@ def attach(
         method, seed, backend: as for `FusedOrthoLoRALinear`.
         on_unsupported: "error", or "skip" to leave a layer that cannot be merged to PEFT; the
             report then says why.
+        strata: how many samples in a row, as `set(sample=...)` counts them, share the elements out
+            among the adapters in proportion, in [1, 65536]; see `fused_ortho_lora`. The samples of
+            such a block need the same seed.
         keep_zero_weights: adapters of weight 0 keep their share of the elements.
     Returns:
         A handle with `report`, `set` and `detach`; `with attach(...)` detaches at the end.
@@ -169,7 +177,9 @@ def attach(
     layers = tuner_layers(model)
     order, activate = pick(adapters, layers), adapters is not None
     rates, merge_weights = _by_adapter("p", p, order), _by_adapter("weights", weights, order)
-    shared = Shared(order, rates, merge_weights, method, seed, 0, backend, bool(keep_zero_weights))
+    shared = Shared(
+        order, rates, merge_weights, method, seed, 0, strata, backend, bool(keep_zero_weights)
+    )
     problems = [*model_problems(model, order), *layer_problems(layers, order, activate)]
     known = {id(problem.entry.module) for problem in problems}
     idle = uncalled_problems(model, layers, order, activate)
@@ -242,6 +252,7 @@ def _check(shared: Shared, members: Mapping[str, tuple[str, ...]]) -> None:
     if shared.seed is not None:
         shared.seed = _int_seed(shared.seed)
     shared.sample = check_in_range("sample", shared.sample, SAMPLE_LIMIT)
+    shared.strata = check_strata(shared.strata)
     backends.check_name(shared.backend)
     reason = None if shared.backend is None else backends.available()[shared.backend]
     if reason is not None:

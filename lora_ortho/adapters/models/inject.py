@@ -58,6 +58,7 @@ class Injection(Handle):
         method: str = _KEEP,
         seed: int | None = _KEEP,
         sample: int = _KEEP,
+        strata: int = _KEEP,
         p: Sequence[float] | None = _KEEP,
         weights: Sequence[float] | None = _KEEP,
     ) -> Injection:
@@ -67,12 +68,19 @@ class Injection(Handle):
             method: "orthogonal", "dropout" or "direct".
             seed: None for a new one at every forward, or an int.
             sample: which Monte Carlo draw, in [0, 2**24).
+            strata: how many samples in a row share the elements out among the adapters in
+                proportion, in [1, 65536]; see `fused_ortho_lora`.
             p, weights: a rate and a merge weight for each adapter given to `inject`; None is
                 1 - 1/K on a layer where K take part, and 1.
         Raises:
             TypeError, ValueError: by name; then no layer has changed.
         """
-        given: dict[str, Any] = {"method": method, "seed": seed, "sample": sample}
+        given: dict[str, Any] = {
+            "method": method,
+            "seed": seed,
+            "sample": sample,
+            "strata": strata,
+        }
         changes = {name: value for name, value in given.items() if value is not _KEEP}
         each: dict[str, Sequence[float]] = {}
         for name, numbers in (("p", p), ("weights", weights)):
@@ -129,6 +137,7 @@ def inject(
     seed: int | None = None,
     backend: str | None = None,
     on_unsupported: str = "error",
+    strata: int = 1,
     keep_zero_weights: bool = False,
 ) -> Injection:
     """Adds adapters to the linear layers and convolutions of a model, in place.
@@ -147,6 +156,9 @@ def inject(
         method, seed, backend, keep_zero_weights: as for `FusedOrthoLoRALinear`.
         on_unsupported: "error", or "skip" to leave a layer that cannot be adapted as it is; the
             report then says why.
+        strata: how many samples in a row, as `set(sample=...)` counts them, share the elements out
+            among the adapters in proportion, in [1, 65536]; see `fused_ortho_lora`. The samples of
+            such a block need the same seed.
     Returns:
         A handle with `report`, `set` and `detach`; `with inject(...)` detaches at the end.
     Raises:
@@ -188,6 +200,7 @@ def inject(
             )
         except ValueError as error:
             raise ValueError(f"layer {name}: {error}") from error
+        layers[name].strata = strata
         layers[name].train(site.module.training)
         members[name] = chosen
         report.append(_report(site, found, layers[name].mix))

@@ -46,7 +46,7 @@ class Shared:
         order: adapters in merge order; others that become active follow in PEFT's order.
         p: dropout rates by adapter; None gives 1 - 1/K on a layer where K take part.
         weights: merge weights by adapter; 1 where there is none, and for None.
-        method, seed, sample, backend, keep_zero_weights: as for `FusedOrthoLoRALinear`.
+        method, seed, sample, strata, backend, keep_zero_weights: as for `FusedOrthoLoRALinear`.
     """
 
     order: tuple[str, ...]
@@ -55,6 +55,7 @@ class Shared:
     method: str
     seed: int | None
     sample: int
+    strata: int
     backend: str | None
     keep_zero_weights: bool
 
@@ -215,7 +216,8 @@ class LayerMerge:
                 mix = choice.mix()
             except ValueError as error:
                 raise ValueError(f"layer {self.name}: {error}") from error
-        settings = Settings(mix, shared.seed, Place(self.stream, shared.sample), shared.backend)
+        place = Place(self.stream, shared.sample, shared.strata)
+        settings = Settings(mix, shared.seed, place, shared.backend)
         self._settings = (choice, settings)
         return settings
 

@@ -23,7 +23,7 @@ MASKS = "orthogonal"
     source="ours, with the masks of https://arxiv.org/abs/2510.03262",
 )
 def element_disjoint(
-    adapters: Sequence[Adapter], *, seed: int, stream: int = 0, sample: int = 0
+    adapters: Sequence[Adapter], *, seed: int, stream: int = 0, sample: int = 0, strata: int = 1
 ) -> tuple[Tensor, Tensor | None]:
     """Σ_j gain_j M_j ⊙ [B_j A_j, bias_j]: every element of the weight belongs to one adapter.
 
@@ -38,12 +38,12 @@ def element_disjoint(
     """
     rule = rule_of(adapters, MASKS)
     d_out, d_in = adapters[0].lora_B.shape[0], adapters[0].lora_A.shape[1]
-    Place(stream, sample).checked(d_out, d_in + 1)
+    Place(stream, sample, strata).checked(d_out, d_in + 1)
     dtype, device = wide_dtype(adapters), adapters[0].lora_B.device
     joined = torch.zeros(d_out, d_in + 1, dtype=dtype, device=device)
-    owner = mask_stream.winners(
-        seed, range(d_out), range(d_in + 1), rates_of(adapters), stream=stream, sample=sample
-    ).to(device)
+    place = {"stream": stream, "sample": sample, "strata": strata}
+    rows, cols, p = range(d_out), range(d_in + 1), rates_of(adapters)
+    owner = mask_stream.winners(seed, rows, cols, p, **place).to(device)
     for j, (gain, adapter) in enumerate(zip(gains_of(adapters, rule), adapters, strict=True)):
         delta = joined.new_zeros(d_out, d_in + 1)
         delta[:, :-1] = adapter.lora_B.to(dtype) @ adapter.lora_A.to(dtype)

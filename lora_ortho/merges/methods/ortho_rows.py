@@ -19,7 +19,7 @@ MASKS = "orthogonal"
     source="ours, with the masks of https://arxiv.org/abs/2510.03262",
 )
 def ortho_rows(
-    adapters: Sequence[Adapter], *, seed: int, stream: int = 0, sample: int = 0
+    adapters: Sequence[Adapter], *, seed: int, stream: int = 0, sample: int = 0, strata: int = 1
 ) -> Adapter:
     """Σ_j gain_j diag(m_j) (B_j A_j x + bias_j), the masks of row 0 for every token.
 
@@ -28,7 +28,7 @@ def ortho_rows(
 
     Args:
         adapters: of one layer; p None is 1 - 1/K.
-        seed, stream, sample: coordinates of the draw, see `mask_stream.draws`.
+        seed, stream, sample, strata: coordinates of the draw, see `mask_stream.draws`.
     Returns:
         As for `direct`, with gain and mask in lora_B.
     Raises:
@@ -36,9 +36,8 @@ def ortho_rows(
     """
     rule = rule_of(adapters, MASKS)
     cols = range(adapters[0].lora_B.shape[0])
-    owner = mask_stream.winners(
-        seed, range(1), cols, rates_of(adapters), stream=stream, sample=sample
-    )[0]
+    place = {"stream": stream, "sample": sample, "strata": strata}
+    owner = mask_stream.winners(seed, range(1), cols, rates_of(adapters), **place)[0]
     device = adapters[0].lora_B.device
     gains = gains_of(adapters, rule)
     rows = [gain * (owner == j).to(device).double() for j, gain in enumerate(gains)]
