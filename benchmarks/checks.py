@@ -82,8 +82,8 @@ def check_training(found: Sequence[Tensor], inputs: Inputs, masks: Masks, joined
     Args:
         joined: the gradients in the factors are two, lying side by side.
     """
-    y, dx, dbase, *factors = found
-    if not torch.equal(dbase, inputs.grad):
+    y, grad_x, grad_base, *factors = found
+    if not torch.equal(grad_base, inputs.grad):
         raise WrongResult("the gradient in base is not that of the output")
     count = len(inputs.lora_A)
 
@@ -92,16 +92,16 @@ def check_training(found: Sequence[Tensor], inputs: Inputs, masks: Masks, joined
             leaves = [tensor.detach().requires_grad_() for tensor in given]
             A, B = leaves[1 : 1 + count], leaves[1 + count :]
             result = rule.formula(leaves[0], A, B, masks.gains, masks.masks, base)
-            dx, *d = torch.autograd.grad(result, leaves, grad)
+            grad_x, *d = torch.autograd.grad(result, leaves, grad)
         d = [torch.cat(d[:count]), torch.cat(d[count:], 1)] if joined else d
-        return [result.detach(), dx, *d]
+        return [result.detach(), grad_x, *d]
 
     tensors = [inputs.grad, inputs.base, inputs.x, *inputs.lora_A, *inputs.lora_B]
     names = ["y", "the gradient in x", *(f"gradient {j} in the factors" for j in range(2 * count))]
     against = rule.wanted(train, tensors)
     if len(found) != len(against) + 1:
         raise WrongResult(f"{len(found)} tensors in the place of {len(against) + 1}")
-    for name, got, wanted in zip(names, [y, dx, *factors], against, strict=False):
+    for name, got, wanted in zip(names, [y, grad_x, *factors], against, strict=False):
         _hold(name, got, wanted)
 
 

@@ -54,7 +54,7 @@ def merge(
     Args:
         x: (tokens, d_in).
         lora_A, lora_B: K tensors each, (r_j, d_in) and (d_out, r_j).
-        gains: K numbers w_j s_j / q̂_j.
+        gains: K numbers w_j c_j / q̂_j.
         masks: K bool tensors (tokens, d_out), see :func:`lora_ortho.mask_stream.masks`.
         base: (tokens, d_out), or None for zeros.
     Returns:

@@ -22,8 +22,8 @@ def test_forward(server: Server, dtype: torch.dtype, method: str, place: dict) -
 @pytest.mark.parametrize("method", ["orthogonal", "dropout"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_backward(server: Server, dtype: torch.dtype, method: str, place: dict) -> None:
-    """Row m of x is 2**m, so with a gradient of ones element n of dB_j spells in binary in which
-    rows adapter j owns column n."""
+    """Row m of x is 2**m, so with a gradient of ones element n of grad_B_j spells in binary in
+    which rows adapter j owns column n."""
     check_backward(server, dtype, method, place)
 
 

@@ -192,9 +192,9 @@ def test_a_second_derivative_is_refused(server: Server) -> None:
     y = fused_ortho_lora(
         x, [A, *tensors.lora_A[1:]], tensors.lora_B, seed=3, backend=server.backend
     )
-    (dx,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+    (grad_x,) = torch.autograd.grad(y.sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="double backward is not supported"):
-        (y.sum() + dx.square().sum()).backward()
+        (y.sum() + grad_x.square().sum()).backward()
 
 
 def test_functional_gradient(server: Server) -> None:

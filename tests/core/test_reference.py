@@ -39,8 +39,8 @@ def test_gradients_written_out_are_autograds(method: str) -> None:
     y = merge(x, lora_A, lora_B, gains, masks)
     expected = torch.autograd.grad(y, leaves, grad)
     with torch.no_grad():
-        dx, dA, dB, dgains = merge_gradients(grad, x, lora_A, lora_B, gains, masks)
-    for found, wanted in zip((dx, dgains, *dA, *dB), expected, strict=True):
+        grad_x, grad_A, grad_B, grad_gains = merge_gradients(grad, x, lora_A, lora_B, gains, masks)
+    for found, wanted in zip((grad_x, grad_gains, *grad_A, *grad_B), expected, strict=True):
         torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
 
 

@@ -84,19 +84,21 @@ def extended_oracle(
 
     x, grad = wide(tensors.x), wide(tensors.grad)
     y = np.zeros_like(grad) if tensors.base is None else wide(tensors.base)
-    dx, dweights, dA, dB = np.zeros_like(x), [], [], []
+    grad_x, grad_weights, grad_A, grad_B = np.zeros_like(x), [], [], []
     for j, mask in enumerate(masks):
         A, B, weight = (wide(t) for t in (tensors.lora_A[j], tensors.lora_B[j], tensors.weights[j]))
         constant = np.longdouble(scaling[j]) / np.longdouble(keep[j])
         s, g = x @ A.T, mask.numpy() * grad * constant
-        ds = weight * (g @ B)
+        grad_s = weight * (g @ B)
         y = y + mask.numpy() * constant * weight * (s @ B.T)
-        dx += ds @ A
-        dA.append(narrow(ds.T @ x))
-        dB.append(narrow(weight * (g.T @ s)))
-        dweights.append(((g @ B) * s).sum())
-    dbase = None if tensors.base is None else tensors.grad.double()
-    return Results(narrow(y), narrow(dx), dbase, narrow(np.array(dweights)), dA, dB)
+        grad_x += grad_s @ A
+        grad_A.append(narrow(grad_s.T @ x))
+        grad_B.append(narrow(weight * (g.T @ s)))
+        grad_weights.append(((g @ B) * s).sum())
+    grad_base = None if tensors.base is None else tensors.grad.double()
+    return Results(
+        narrow(y), narrow(grad_x), grad_base, narrow(np.array(grad_weights)), grad_A, grad_B
+    )
 
 
 Expected = dict[str, rule.Wanted]

@@ -81,8 +81,8 @@ def check_forward(server: Server, dtype: torch.dtype, method: str, place: dict) 
 
 
 def check_backward(server: Server, dtype: torch.dtype, method: str, place: dict) -> None:
-    """Row m of x is 2**m, so with a gradient of ones element n of dB_j spells in binary in which
-    rows adapter j owns column n."""
+    """Row m of x is 2**m, so with a gradient of ones element n of grad_B_j spells in binary in
+    which rows adapter j owns column n."""
     for number, (adapters, rank) in enumerate(SHAPES):
         tokens, d_out, seed = 5 + 2 * number, 261 + number, SEEDS[number]
         p = rates(method, adapters)

@@ -17,7 +17,7 @@ from lora_ortho.module import Adapter
     source="https://arxiv.org/abs/2212.04089",
 )
 def direct(adapters: Sequence[Adapter]) -> Adapter:
-    """Σ_j w_j s_j (B_j A_j x + bias_j) as one adapter of rank Σ r_j: the factors side by side.
+    """Σ_j w_j c_j (B_j A_j x + bias_j) as one adapter of rank Σ r_j: the factors side by side.
 
     Args:
         adapters: of one layer; their scaling and weight count, p does not.
