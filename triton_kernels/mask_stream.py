@@ -42,8 +42,9 @@ def draw(place: tl.tuple, rows: tl.tensor, groups: tl.tensor, lane_set: tl.tenso
     )
     # lane = 4 i1 + 2 i0 + half; the axis joined last runs fastest
     words = tl.join(tl.join(w0, w2), tl.join(w1, w3))  # (BLOCK_M, GROUPS, i1, i0)
-    halves = tl.join(words << 16, words)  # (BLOCK_M, GROUPS, i1, i0, half)
-    halves += rotation.to(tl.uint32) << 16
+    turn = rotation.to(tl.uint32) << 16
+    words += turn  # the upper draw; the lower one has no part in the sum
+    halves = tl.join((words << 16) + turn, words)  # (BLOCK_M, GROUPS, i1, i0, half)
     return tl.reshape(halves, [rows.shape[0], groups.shape[0], 8])
 
 
