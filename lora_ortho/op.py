@@ -314,8 +314,10 @@ def fused_ortho_lora(
         strata: how many samples in a row share the elements out among the adapters in proportion,
             in [1, 65536]; 1 draws each sample on its own. The mean over such a block of samples is
             the direct merge, exactly where strata is a power of two and the product of strata and
-            1 - p a whole number for each adapter, else with less noise than that of so many
-            samples on their own. Every sample alone is distributed as with 1.
+            1 - p a whole number for each adapter (K adapters, the default p, strata = K). Where it
+            is not whole, a block gives an element to adapters whose shares lie 1/strata apart: if
+            those are alike, its mean is noisier than that of so many samples on their own. Every
+            sample alone is distributed as with 1.
         row_offset, col_offset: added to token and feature indices, which must stay below 2**32
             and 2**35.
         backend: None for the best that serves the call, else "reference", "cpu", "triton" or

@@ -113,6 +113,7 @@ def export(
     folder = Path(path)
     _check_free(folder, force)
     found = resolve(source, model, adapters, p, weights, seed, sample, strata, keep_zero_weights)
+    _check_not_an_input(folder, found)
     parts = None if found.model is None else components(found.model)
     entries = [] if parts is None else named(parts)
     modules = {entry.name: entry.module for entry in entries}
@@ -155,6 +156,18 @@ def _check_free(folder: Path, force: bool) -> None:
             f"path {folder}: {other} is no part of an exported adapter, so force=True does not "
             f"replace it"
         )
+
+
+def _check_not_an_input(folder: Path, source: Source) -> None:
+    """ValueError where the folder to be replaced holds one of the adapters to be merged."""
+    target = os.path.realpath(folder)
+    for adapter in source.adapters:
+        read = None if adapter.source is None else Path(os.path.realpath(adapter.source))
+        if read is not None and read.is_relative_to(target):
+            raise ValueError(
+                f"path must not be one of the adapters to merge, got {str(folder)!r}: "
+                f"{adapter.name!r} was read from there"
+            )
 
 
 def _check_layers(source: Source, modules: Mapping[str, nn.Module]) -> None:

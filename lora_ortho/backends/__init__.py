@@ -29,13 +29,17 @@ def register(backend: Backend[Any]) -> None:
         backend: a module or an object with the names of ``lora_ortho.backends.base.Backend``.
             ``backend=None`` takes it where its ``devices`` and ``preference`` say so.
     Raises:
-        TypeError: it lacks one of the names.
+        TypeError: it lacks one of the names, or its name or preference is of no use.
         ValueError: another backend of its name is registered.
     """
     words = [word for word in vars(Backend) if not word.startswith("_")]
     missing = [word for word in words if not hasattr(backend, word)]
     if missing:
         raise TypeError(f"backend must have {', '.join(words)}; it lacks {', '.join(missing)}")
+    if not isinstance(backend.name, str) or not backend.name.isidentifier():
+        raise TypeError(f"backend must have a word as its name, got {backend.name!r}")
+    if not isinstance(backend.preference, int):
+        raise TypeError(f"backend must have an int as its preference, got {backend.preference!r}")
     if backend.name in _registered:
         raise ValueError(f"backend must have a new name, got {backend.name!r}, which is registered")
     _registered[backend.name] = backend
@@ -44,7 +48,8 @@ def register(backend: Backend[Any]) -> None:
 
 def unregister(name: str) -> None:
     """Takes a backend out again; ValueError where there is none of that name."""
-    check_name(name)
+    if name not in _registered:
+        raise ValueError(f"name must be one of {', '.join(names())}, got {name!r}")
     del _registered[name]
     _rank()
 

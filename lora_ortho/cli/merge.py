@@ -37,7 +37,6 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--method",
-        default="direct",
         metavar="METHOD",
         help=f"of --export: {_exportable()}; direct if not given (`lora-ortho methods`)",
     )
@@ -60,6 +59,11 @@ def _exportable() -> str:
 
 def run(args: argparse.Namespace) -> int:
     """Exit status 0; failures are exceptions."""
+    if args.export is None and (args.method or args.rank is not None or args.mixed_ranks):
+        args.parser.error(
+            "--method, --rank and --mixed-ranks need --export; `methods` in the file says what to "
+            "compare"
+        )
     config = read_config(args.config)
     with Progress(args.quiet) as progress:
         if args.export is not None:
@@ -124,7 +128,8 @@ def _export(args: argparse.Namespace, config: MergeConfig, progress: Progress) -
 
     if args.export.exists() and not args.force:
         raise CliError(f"{args.export} exists; --force replaces it")
-    check_export(config, args.method)
+    method = args.method or "direct"
+    check_export(config, method)
     # Single files may have names that only the model resolves; a PEFT folder has the layers' own.
     single = not all(config.adapter_path(lora).is_dir() for lora in config.loras)
     model = load_base(config, progress) if single and config.pipe_id is not None else None
@@ -137,7 +142,7 @@ def _export(args: argparse.Namespace, config: MergeConfig, progress: Progress) -
     written = export(
         adapters,
         args.export,
-        args.method,
+        method,
         p=config.p,
         weights=config.weights,
         seed=config.seed,

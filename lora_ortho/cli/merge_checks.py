@@ -38,6 +38,9 @@ def check_config(config: MergeConfig, kind: str, progress: Progress) -> None:
         if config.texts:
             reason = "texts are for language models; a pipeline has no loss to take on them"
             raise CliError(reason + _taken_for_images(config))
+        if config.strata != 1:
+            reason = "strata are for the samples of language models; a pipeline takes no samples"
+            raise CliError(reason + _taken_for_images(config))
     elif not config.texts and config.prompt is None:
         raise CliError("nothing to run: give a prompt, or texts to take the loss on")
     for name in config.texts:

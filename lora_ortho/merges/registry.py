@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from lora_ortho.module import Adapter
+from lora_ortho.problem import METHODS as KINDS_OF_MASKS
 
 from .factors import rule_of
 
@@ -138,11 +139,17 @@ def register(
     Raises:
         TypeError: it takes something else than adapters, by keyword the coordinates if it draws,
             and by keyword its own parameters, each with a default.
-        ValueError: a merge of that name is there.
+        ValueError: a merge of that name is there, or it has none; masks that cannot be drawn.
     """
+    if masks not in KINDS_OF_MASKS:
+        raise ValueError(f"masks must be one of {', '.join(KINDS_OF_MASKS)}, got {masks!r}")
 
     def add(function: _Function) -> _Function:
+        if not inspect.isfunction(function):
+            raise TypeError(f"a merge must be a function, got {type(function).__name__}")
         name = function.__name__
+        if not name.isidentifier() or name in _PER_TOKEN:
+            raise ValueError(f"a merge must have a name of its own, got {name!r}")
         found = Method(name, function, Gives(gives), masks, needs, when, source)
         if name in METHODS:
             raise ValueError(f"a merge called {name!r} is registered already")

@@ -12,7 +12,7 @@ import torch
 from exports import refused
 from peft_models import Small, make, peft
 
-from lora_ortho import export
+from lora_ortho import export, load_adapter
 from lora_ortho.adapters import adapters_of
 
 
@@ -76,6 +76,19 @@ def test_existing_folder(tmp_path: Path) -> None:
     export(model, tmp_path / "refused", weights=[2.0, 1.0], force=True)
     assert (tmp_path / "refused" / "adapter_model.safetensors").read_bytes() != before
     assert os.listdir(tmp_path) == ["refused"]
+
+
+def test_force_replaces_none_of_the_inputs(tmp_path: Path) -> None:
+    folders = [tmp_path / name for name in ("one", "two")]
+    for folder in folders:
+        export(make(), folder)
+    before = {path: path.read_bytes() for folder in folders for path in folder.iterdir()}
+    (tmp_path / "link").symlink_to(folders[0])
+    for path in (folders[0], tmp_path / "link"):
+        adapters = [load_adapter(folder) for folder in folders]
+        with pytest.raises(ValueError, match=r"^path must not be one of the adapters .* 'one' was"):
+            export(adapters, path, force=True)
+    assert {path: path.read_bytes() for folder in folders for path in folder.iterdir()} == before
 
 
 @pytest.mark.parametrize(

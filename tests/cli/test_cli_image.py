@@ -145,6 +145,7 @@ def test_inspect_finds_kohyas_names_in_the_pipeline(
     ("old", "new", "message"),
     [
         ("steps", 'texts = ["a.txt"]', "texts are for language models"),
+        ("steps", "strata = 2", "strata are for the samples of language models"),
         ("pipe_id", 'pipe_id = "bsae"\ntexts = ["a.txt"]', "pipe_id bsae is no folder here"),
         ("steps", 'scheduler = "UNet2DConditionModel"', "no scheduler 'UNet2DConditionModel'"),
         ("prompt", "", "give a prompt"),

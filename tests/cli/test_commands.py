@@ -172,6 +172,8 @@ def test_script_of_the_installation_is_the_same_program() -> None:
         "merge",
         "merge merge.toml --rank few",
         "merge merge.toml --mthod direct",
+        "merge merge.toml --method ortho_rows",
+        "merge merge.toml --rank 3 --out new",
         "doctor --loud",
         "bench --case 3",
         "bench --only nothing",

@@ -149,6 +149,12 @@ def test_what_cannot_be_registered() -> None:
         backends.register(part)
     with pytest.raises(ValueError, match=r"^backend must have a new name, got 'reference'"):
         backends.register(reference)
+    for wrong in ({"name": 3}, {"name": "two words"}, {"preference": "high"}):
+        words = {word: getattr(reference, word) for word in vars(Backend) if word[0] != "_"}
+        with pytest.raises(TypeError, match=r"^backend must have a"):
+            backends.register(SimpleNamespace(**{**words, "name": "part", **wrong}))
+    with pytest.raises(ValueError, match=r"^name must be one of reference"):
+        backends.unregister(None)  # type: ignore[arg-type]
     assert backends.names() == before
 
 

@@ -161,4 +161,11 @@ def test_what_cannot_be_registered() -> None:
     refused(r"drawn must take \(adapters, \*\)", drawn)
     refused("asks must take its parameters by keyword, each with a default", asks)
     refused("by_place must take its parameters by keyword", by_place)
+    refused("masks must be one of orthogonal, dropout, direct, got 'ortho'", still, masks="ortho")
+    with pytest.raises(TypeError, match="a merge must be a function, got type"):
+        register(gives=Gives.FACTORS, when="", source="")(dict)
+    drawn.__name__ = "orthogonal"
+    refused("a merge must have a name of its own, got 'orthogonal'", drawn)
+    asks.__name__ = "<lambda>"
+    refused("a merge must have a name of its own, got '<lambda>'", asks)
     refused("'everything' is not a valid Gives", still, gives="everything")

@@ -112,7 +112,7 @@ typedef struct lora_ortho_call {
     uint32_t struct_version;
     uint32_t stream; /* which layer */
     uint32_t sample; /* which Monte Carlo draw, below 2^24 */
-    uint32_t strata; /* samples that share the elements out exactly: 1 .. 65536; 1: none do */
+    uint32_t strata; /* samples that share the elements out: 1 .. 65536; 1: none do */
     int32_t threads; /* 0: as OpenMP decides */
     int64_t tokens;
     int64_t row_offset, col_offset;
