@@ -56,6 +56,10 @@ RUN: dict[str, tuple[str, str]] = {
     "python -m benchmarks": (SOURCES, f"python -m benchmarks {SHORT}"),
     "python -m benchmarks --quick": (SOURCES, f"python -m benchmarks {SHORT}"),
     "python -m benchmarks --case 512x2048x2048-16x32 --dtype float32 --only forward": (SOURCES, ""),
+    "python -m benchmarks --json OLD": (
+        FOLDER,
+        f'PYTHONPATH="$LORA_ORTHO" python -m benchmarks {SHORT} --json OLD; test -s OLD',
+    ),
     "python -m benchmarks --json result.json --plot ratios.svg": (
         SOURCES,
         f'cd "$OUT"; for more in "" --force --append; do PYTHONPATH="$LORA_ORTHO" python -m '
@@ -85,6 +89,8 @@ NOT_RUN = {
     "cmake --preset release -DLORA_ORTHO_CUDA=ON && cmake --build --preset release": "compiles for "
     "minutes and needs nvcc; cpp.md builds without CUDA kernels, test_consumers.py installs",
     "cmake --install build/release --prefix <prefix>": "the same",
+    "cmake --preset python": "architecture.md names the preset; pip builds by the same CMake files",
+    "cmake --build --preset python": "the same",
     "python tools/cuda_facts.py": "needs nvcc; test_cuda_facts.py calls what it calls",
     "python tools/triton_facts.py": "compiles 288 kernels for minutes; "
     "tests/triton_kernels/test_triton_compile.py runs it with --print",
@@ -92,8 +98,8 @@ NOT_RUN = {
     "shrink   s = x Aᵀ                                   (tokens, d_in) × (Σr, d_in)": "a formula",
     "```SmolLM2-135M-Instruct, 4 adapters on 120 layers, float32, 2 threads, seed 0": "what `make "
     "demo` prints in three minutes; tests/repository/test_demo.py runs the demo in small",
-    "adapters ─ pack ─▶ packed factors                      seed, stream, sample, row, column": "a "
-    "picture",
+    "adapters ─ pack ─▶ packed factors                      seed, stream, sample, strata, row, "
+    "column": "a picture",
 }
 
 # The same for all commands that begin so.
