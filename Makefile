@@ -58,7 +58,7 @@ compat: $(VENV)-oldest/stamp
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check $(wildcard $(CHECKED))
 	$(BIN)/ruff format --check $(wildcard $(CHECKED))
-	$(BIN)/clang-format --dry-run --Werror $(shell find csrc tests examples -name '*.[ch]' -o -name '*.c[pu]*')
+	$(BIN)/clang-format --dry-run --Werror $(shell find csrc tests examples -name '*.h' -o -name '*.c' -o -name '*.cpp' -o -name '*.cu')
 	$(BIN)/mypy
 
 docs: $(VENV)/dev.stamp

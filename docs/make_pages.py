@@ -23,7 +23,7 @@ MODULES: tuple[tuple[str, Sequence[str] | None], ...] = (
     ("lora_ortho.diagnostics", None),
     ("lora_ortho.doctor", ("diagnose", "Diagnosis", "self_check")),
     ("lora_ortho.merges", ("Method", "Gives", "register", "method_named")),
-    ("lora_ortho.plugins.weights", ("merge_into", "merged", "members")),
+    ("lora_ortho.plugins.weights", ("fold_into", "merged", "members")),
 )
 _SECTION = re.compile(r"(Args|Attributes|Returns|Raises|Yields):$")
 _WIDTH = 96

@@ -17,7 +17,7 @@ from torch import nn
 from lora_ortho.adapters import LoadedAdapter
 from lora_ortho.merges import method_named
 
-from .weights import merge_into
+from .weights import fold_into
 
 
 class LoraOrtho(BaseAlgorithm):  # type: ignore[misc]
@@ -76,7 +76,7 @@ class LoraOrtho(BaseAlgorithm):  # type: ignore[misc]
             adapters.append(adapter)
         if not adapters:
             raise ValueError("the pool has no adapter beside _pretrained_")
-        return merge_into(
+        return fold_into(
             model,
             adapters,
             self.merge_method,

@@ -104,7 +104,7 @@ def _check(
             )
 
 
-def merge_into(
+def fold_into(
     model: nn.Module,
     adapters: Sequence[LoadedAdapter],
     method: str,

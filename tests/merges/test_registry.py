@@ -16,7 +16,7 @@ from native import environment
 
 from lora_ortho import Adapter, export, load_adapter
 from lora_ortho.merges import METHODS, Gives, register
-from lora_ortho.plugins.weights import merge_into
+from lora_ortho.plugins.weights import fold_into
 
 # A file of `lora_ortho/merges/methods`, as somebody who adds a merge would write it.
 MEAN = '''
@@ -94,7 +94,7 @@ def test_plugins_serve_it(folder: Path) -> None:
     model: Any = small_model()
     before = model.a.weight.detach().clone()
     adapters = [load_adapter(folder / name) for name in ("one", "two")]
-    merge_into(model, adapters, "mean")
+    fold_into(model, adapters, "mean")
     torch.testing.assert_close(model.a.weight.detach() - before, wanted(folder, "a"))
 
 

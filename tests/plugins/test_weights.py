@@ -26,7 +26,7 @@ import lora_ortho
 from lora_ortho import Adapter, mask_stream
 from lora_ortho.adapters import LoadedAdapter, assign_streams, load_adapter
 from lora_ortho.merges import METHODS
-from lora_ortho.plugins.weights import members, merge_into, merged
+from lora_ortho.plugins.weights import fold_into, members, merged
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +104,7 @@ def test_one_token_sees_the_run_time_merge(folder: Path) -> None:
         wanted = model(input_ids=ids).logits
     bare = model(input_ids=ids).logits
     place: Any = {"seed": 9, "sample": 2, "strata": 3}
-    merge_into(model, loaded(folder), "ortho_rows", [0.5, 0.5], [1.0, -0.5], **place)
+    fold_into(model, loaded(folder), "ortho_rows", [0.5, 0.5], [1.0, -0.5], **place)
     found = model(input_ids=ids).logits
     assert torch.allclose(found, wanted, atol=1e-5)
     assert not torch.allclose(found, bare, atol=1e-2)
@@ -159,7 +159,7 @@ def test_refusals_leave_the_model_as_it_was(
     if settings.get("p") is None:
         adapters = [good, *adapters]
     with pytest.raises(ValueError, match=message):
-        merge_into(made, adapters, **{"method": "ortho_rows", **settings})
+        fold_into(made, adapters, **{"method": "ortho_rows", **settings})
     for name, tensor in made.state_dict().items():
         assert torch.equal(tensor, before[name])
 
@@ -227,7 +227,7 @@ def test_weights_that_are_not_w(kind: str) -> None:
     model.z = make()
     before = {name: tensor.clone() for name, tensor in model.a.state_dict().items()}
     with pytest.raises(ValueError, match="layer z") as caught:
-        merge_into(model, [of(PART, "a"), of(PART, "z")], "direct")
+        fold_into(model, [of(PART, "a"), of(PART, "z")], "direct")
     assert message in str(caught.value)
     for name, tensor in model.a.state_dict().items():
         assert torch.equal(tensor, before[name])
@@ -241,7 +241,7 @@ def test_wrong_numbers_of_a_later_layer_change_no_layer(wrong: dict[str, Any]) -
     before = copy.deepcopy(model.state_dict())
     late = of(Adapter(torch.ones(1, 4), torch.ones(5, 1)), "b.c", "late")
     with pytest.raises((TypeError, ValueError)):
-        merge_into(model, [of(PART), late], "direct", **wrong)
+        fold_into(model, [of(PART), late], "direct", **wrong)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
@@ -252,11 +252,11 @@ def test_weight_0_is_off(method: str) -> None:
     for p, q in ((None, None), ([0.25, 0.5], [0.25])):
         changed = small_model()
         wanted = copy.deepcopy(changed)
-        merge_into(changed, [one, two], method, p, [0.5, 0.0], seed=3)
-        merge_into(wanted, [one], method, q, [0.5], seed=3)
+        fold_into(changed, [one, two], method, p, [0.5, 0.0], seed=3)
+        fold_into(wanted, [one], method, q, [0.5], seed=3)
         for name, tensor in wanted.state_dict().items():
             assert torch.equal(changed.state_dict()[name], tensor)
-        merge_into(changed, [one], method, weights=[0.0])
+        fold_into(changed, [one], method, weights=[0.0])
         assert torch.equal(changed.state_dict()["a.weight"], wanted.state_dict()["a.weight"])
 
 
@@ -270,7 +270,7 @@ def test_square_weights_that_lie_transposed(
     path = tmp_path / "one"
     if exported:
         lora_ortho.export([load_adapter(path)], path := tmp_path / "exported")
-    model = merge_into(gpt2(), [load_adapter(path)], "direct")
+    model = fold_into(gpt2(), [load_adapter(path)], "direct")
     for name, tensor in model.state_dict().items():
         torch.testing.assert_close(tensor, wanted[name])
 
@@ -281,7 +281,7 @@ def test_masks_of_weights_that_lie_transposed(tmp_path: Path, method: str) -> No
     gpt2_adapter(tmp_path / "one", SQUARES[0])
     gpt2_adapter(tmp_path / "two", SQUARES[0])
     loaded = [load_adapter(tmp_path / name) for name in ("one", "two")]
-    model = merge_into(gpt2(), loaded, method, seed=5)
+    model = fold_into(gpt2(), loaded, method, seed=5)
     name = TRANSPOSED.removesuffix(".weight")
     stream = assign_streams(n for n, _ in gpt2().named_modules())[name]
     rows = range(32) if method == "element_disjoint" else range(1)
@@ -300,7 +300,7 @@ def test_a_bias_needs_a_bias() -> None:
     model: Any = small_model()
     model.a = nn.Linear(3, 4, bias=False)
     with pytest.raises(ValueError, match=r"layer a: adapter 'one' has a bias \(lora_bias\)"):
-        merge_into(model, [of(replace(PART, bias=torch.ones(4)))], "direct")
+        fold_into(model, [of(replace(PART, bias=torch.ones(4)))], "direct")
 
 
 def test_members_are_those_of_the_layer() -> None:

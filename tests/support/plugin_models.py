@@ -15,7 +15,7 @@ from tiny_models import language_model, save_adapter, save_language_model
 from torch import Tensor
 
 from lora_ortho.adapters import LoadedAdapter, load_adapter
-from lora_ortho.plugins.weights import merge_into
+from lora_ortho.plugins.weights import fold_into
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples" / "plugins"
 
@@ -41,7 +41,7 @@ def loaded(folder: Path, model: Any = None) -> list[LoadedAdapter]:
 def expected(folder: Path, method: str, **place: Any) -> dict[str, Tensor]:
     """The merged weights, from the model and adapters in memory."""
     model = language_model()
-    merge_into(model, loaded(folder), method, [0.5, 0.5], **place)
+    fold_into(model, loaded(folder), method, [0.5, 0.5], **place)
     state: dict[str, Tensor] = model.state_dict()
     return state
 
